@@ -1,0 +1,40 @@
+"""RefineDet: a single-shot refinement detector (Zhang et al., CVPR 2018) to train, evaluate and use.
+
+The public names are imported on first use, so that ``import refinedet`` and ``refinedet --help`` stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refinedet.config import PRESETS
+    from refinedet.detections import Detections
+    from refinedet.detector import RefineDet
+    from refinedet.evaluation.report import evaluate
+    from refinedet.training.trainer import train
+
+__version__ = "0.1.0"
+
+__all__ = ["PRESETS", "Detections", "RefineDet", "evaluate", "train"]
+
+_HOMES = {
+    "PRESETS": "refinedet.config",
+    "Detections": "refinedet.detections",
+    "RefineDet": "refinedet.detector",
+    "evaluate": "refinedet.evaluation.report",
+    "train": "refinedet.training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

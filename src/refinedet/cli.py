@@ -1,0 +1,608 @@
+"""The command line: verbs to calls.
+
+A verb's flags are the fields of a dataclass, parsed by tyro. Everything heavy is imported inside the verb, so that
+``--help`` answers at once.
+
+Exit codes: 0 done, 1 the work failed, 2 the call was wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+
+import tyro
+
+import refinedet
+import refinedet.weights
+from refinedet.config import PRESETS, ModelConfig, Preset, TrainConfig, get_preset
+from refinedet.errors import RefineDetError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from refinedet.detections import Detections
+
+_SIGNATURE = "boxes drawn by refinedet"
+"""Written into drawn copies: only such files are overwritten when a command is repeated."""
+_LARGE_SIDE = 16_000
+
+CallT = TypeVar("CallT")
+
+
+@dataclass(kw_only=True)
+class TrainCall:
+    """Train a detector.
+
+    The flags of training (--iterations, --batch-size, --augment.*, --loss.*) and of the model (--model.*) start from
+    the values of the preset, which comes first: refinedet train PRESET --data DATA. A stopped run goes on, bit for
+    bit, with refinedet train --resume RUN. On several GPUs: torchrun --nproc-per-node N -m refinedet train ...
+    """
+
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")] = ""
+    """Where the defaults come from; `refinedet models` lists them."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")] = ()
+    """Folders or files of annotated images: Pascal VOC, COCO JSON or YOLO; several are trained on together."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Run folder for config, metrics, weights and checkpoints (default: runs/PRESET)."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Continue the training of this run folder; goes with no other flag but --device."""
+    init_weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = "torchvision"
+    """ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download, or 'random'."""
+    class_names: Annotated[str | None, tyro.conf.arg(metavar="A,B,...")] = None
+    """Names separated by commas, in the order of their labels (default: those of the data)."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """Training."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+
+
+@dataclass(kw_only=True)
+class ResumeCall:
+    """Continue a training with the settings of its run folder."""
+
+    resume: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Run folder."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class EvaluateCall:
+    """Measure a detector on annotated images: AP per class and their mean."""
+
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+    """A model in the box (`refinedet models`), a run folder, a folder of weights, or a hub id."""
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder or file of annotated images: Pascal VOC, COCO JSON or YOLO."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="SPLIT")] = None
+    """Split of the data; 'all' takes every image (default: test, or every image of data that is not divided)."""
+    metric: Literal["voc07", "voc", "coco"] = "voc07"
+    """11-point AP of VOC 2007, area AP of VOC 2010 and later, or COCO's twelve numbers."""
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder for the figures and all detections as JSON and CSV."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Only the first so many images."""
+    batch_size: int = 8
+    """Images that go through the network at once."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class PredictCall:
+    """Find objects in images: a table on the terminal, and on request drawn copies and JSON.
+
+    An image that cannot be read is reported in one line, the others are done all the same, and the exit code is 1.
+    """
+
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+    """A model in the box (`refinedet models`), a run folder, a folder of weights, or a hub id."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
+    """Files, folders (their images, not their subfolders) and quoted patterns such as 'photos/*.jpg'."""
+    threshold: float = 0.4
+    """Keep detections that score at least this."""
+    save: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder for copies with the boxes drawn on; the originals are never touched."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """File for the detections as JSON."""
+    json_format: Literal["refinedet", "coco"] = "refinedet"
+    """Our own form (per image; xyxy boxes, names), or COCO results (one list; x, y, width, height)."""
+    batch_size: int = 8
+    """Images that go through the network at once."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class InspectCall:
+    """Look over annotated images before training: counts, sizes, and each faulty box or file by name.
+
+    The exit code is 1 if a file is so faulty that training would refuse it.
+    """
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder or file of annotated images: Pascal VOC, COCO JSON or YOLO."""
+    split: Annotated[str | None, tyro.conf.arg(metavar="SPLIT")] = None
+    """Split of the data (default: every image)."""
+    class_names: Annotated[str | None, tyro.conf.arg(metavar="A,B,...")] = None
+    """Names separated by commas that are the only ones allowed (default: those of the data)."""
+    mosaic: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Picture file for a sheet of sample images with their boxes drawn."""
+
+
+@dataclass(kw_only=True)
+class ModelsCall:
+    """List the models in the box and the presets for training."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; errors of the user end in one line on standard error.
+
+    Args:
+        argv: The arguments after the program's name; those of the process by default.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except RefineDetError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more while closing the stream.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        # torch.OutOfMemoryError, told by its name because torch must not be imported for it.
+        if type(error).__name__ == "OutOfMemoryError":
+            return _fail(f"out of GPU memory; try a smaller --batch-size ({_one_line(str(error))[:120]})", 1)
+        raise
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("--version", "-V"):
+        print(f"refinedet {refinedet.__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in _VERBS:
+        near = difflib.get_close_matches(verb, _VERBS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(_VERBS)}"
+        raise UsageError(f"unknown command '{verb}': {hint}")
+    return _VERBS[verb](rest)
+
+
+def _overview() -> str:
+    calls = {
+        "train": TrainCall,
+        "evaluate": EvaluateCall,
+        "predict": PredictCall,
+        "inspect": InspectCall,
+        "models": ModelsCall,
+    }
+    lines = [
+        "usage: refinedet COMMAND ...",
+        "",
+        *(f"  {verb:<10}{(call.__doc__ or '').splitlines()[0]}" for verb, call in calls.items()),
+        "",
+        "refinedet COMMAND --help explains the flags of a command; refinedet --version tells the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _parse(kind: type[CallT], verb: str, arguments: list[str], default: CallT | None = None) -> CallT:
+    """The call that the arguments describe.
+
+    Raises:
+        UsageError: tyro refused them; its framed explanation, made one line.
+        SystemExit: after ``--help``.
+    """
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            return cast(CallT, tyro.cli(kind, prog=f"refinedet {verb}", args=arguments, default=default))
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise UsageError(f"{_unframed(refusal.getvalue())}; see refinedet {verb} --help") from None
+
+
+def _unframed(text: str) -> str:
+    """What a framed message of several sections says first, and the flag that it suggests."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ \t") for line in text.splitlines()]
+    body = [line for line in lines if line]
+    sentence: list[str] = []
+    for line in body:
+        # The top of the frame carries a title between rules; a line of nothing but rule ends the first section.
+        if line.startswith("─"):
+            if sentence:
+                break
+            continue
+        sentence.append(line)
+    message = _one_line(" ".join(sentence)).rstrip(".") or "the arguments were not understood"
+    suggested = [later for line, later in itertools.pairwise(body) if line.lower().startswith("perhaps you meant")]
+    return message + (f" (did you mean {suggested[0].split()[0].rstrip(',')}?)" if suggested else "")
+
+
+def _wants_help(arguments: Sequence[str]) -> bool:
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def _train(arguments: list[str]) -> int:
+    if any(re.match(r"--resume(=|$)", argument) for argument in arguments) and not _wants_help(arguments):
+        return _resume(arguments)
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    preset = get_preset(named) if named is not None else next(iter(PRESETS.values()))
+    call = _parse(TrainCall, "train", arguments, TrainCall(train=preset.train, model=preset.model))
+    if named is None or call.preset != named:
+        # The defaults of all other flags depend on it, so it has to be known before they are read.
+        raise UsageError(f"the preset comes first: refinedet train PRESET --data DATA; known: {', '.join(PRESETS)}")
+    if not call.data:
+        raise UsageError(f"nothing to train on: refinedet train {named} --data DATA")
+    weights: Path | str = call.init_weights
+    if weights not in ("torchvision", "random"):
+        weights = Path(weights).expanduser()
+        if not weights.is_file():
+            raise UsageError(f"{weights}: no such file; --init-weights takes a file, 'torchvision' or 'random'")
+    chosen = Preset(model=call.model, train=call.train, summary=preset.summary)
+    out = Path("runs") / named if call.out is None else call.out.expanduser()
+
+    from refinedet.training.trainer import train
+
+    train(
+        chosen,
+        list(call.data),
+        out=out,
+        backbone_weights=weights,
+        class_names=_names(call.class_names),
+        device=call.device,
+    )
+    return _trained(out)
+
+
+def _resume(arguments: list[str]) -> int:
+    call = _parse(ResumeCall, "train", arguments)
+    folder = call.resume.expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such run folder")
+
+    from refinedet.training.trainer import resume
+
+    resume(folder, device=call.device)
+    return _trained(folder)
+
+
+def _trained(out: Path) -> int:
+    # Under torchrun every process comes by here; one of them speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trained: {out}  (try: refinedet predict {out} photo.jpg --save drawn)")
+    return 0
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len(set(names)) != len(names):
+        raise UsageError(f"--class-names must be different names separated by commas, not '{text}'")
+    return names
+
+
+def _evaluate(arguments: list[str]) -> int:
+    call = _parse(EvaluateCall, "evaluate", arguments)
+    _at_least_one("--batch-size", call.batch_size)
+    if call.limit is not None:
+        _at_least_one("--limit", call.limit)
+
+    from refinedet.data.dataset import list_splits
+    from refinedet.detector import RefineDet
+    from refinedet.evaluation.report import evaluate
+    from refinedet.training.distributed import pick_device
+
+    data = Path(call.data).expanduser()
+    split = call.split
+    if split is None:
+        split = "test" if list_splits(data) else "all"
+    if call.report is not None:
+        _make_folder(call.report)
+    model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
+    report = evaluate(
+        model,
+        data,
+        split=split,
+        metric=call.metric,
+        limit=call.limit,
+        batch_size=call.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    print(report.table())
+    print(f"mAP {100 * report['mAP']:.2f}")
+    if call.report is not None:
+        print(f"report: {report.save(call.report)}")
+    return 0
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name} must be at least 1, not {value}")
+
+
+def _predict(arguments: list[str]) -> int:
+    call = _parse(PredictCall, "predict", arguments)
+    _at_least_one("--batch-size", call.batch_size)
+    if not 0 <= call.threshold <= 1:
+        raise UsageError(f"--threshold must be between 0 and 1, not {call.threshold}")
+
+    from refinedet.media import expand_sources
+
+    # Whatever can be wrong with the call is found before torch is imported and the network has worked.
+    files = expand_sources(call.images)
+    if call.save is not None:
+        _make_folder(call.save)
+    if call.json is not None:
+        if call.json.is_dir():
+            raise UsageError(f"{call.json}: is a folder; --json takes a file")
+        _make_folder(call.json.parent)
+
+    from refinedet.detector import RefineDet
+    from refinedet.training.distributed import pick_device
+
+    model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
+    copies = None if call.save is None else _Copies(call.save, files)
+    found: list[Detections] = []
+    failed: list[dict[str, str]] = []
+
+    def report_failure(file: Path, error: RefineDetError) -> None:
+        _fail(str(error), error.exit_code)
+        failed.append({"source": str(file), "error": str(error)})
+
+    with _progress("predict") as show:
+        for batch in _batches(files, call.batch_size, report_failure):
+            results = model.predict_arrays([image for _, image in batch], threshold=call.threshold)
+            for (file, image), result in zip(batch, results, strict=True):
+                detections = dataclasses.replace(result, source=str(file))
+                print(_paragraph(file, detections))
+                if copies is not None:
+                    copies.write(file, detections.draw(image))
+                # The boxes only: images are gone when their batch is done, however many there are.
+                found.append(detections)
+            show(len(found) + len(failed), len(files))
+    if copies is not None and copies.written:
+        print(f"drawn: {copies.written} image{'s' * (copies.written != 1)} in {call.save}")
+    if call.json is not None:
+        if call.json_format == "coco":
+            _write_json(call.json, _coco_results(found))
+        else:
+            content = {
+                "model": call.weights,
+                "class_names": list(model.class_names),
+                "threshold": call.threshold,
+                "images": [detections.to_dict() for detections in found],
+                "failed": failed,
+            }
+            _write_json(call.json, content)
+        print(f"json: {call.json}")
+    return 1 if failed else 0
+
+
+def _batches(
+    files: Sequence[Path],
+    size: int,
+    report_failure: Callable[[Path, RefineDetError], None],
+) -> Iterator[list[tuple[Path, npt.NDArray[np.uint8]]]]:
+    """Images that can be read, ``size`` at a time; the others are reported."""
+    from refinedet.media import read_image
+
+    batch = []
+    for file in files:
+        try:
+            batch.append((file, read_image(file)))
+        except RefineDetError as error:
+            report_failure(file, error)
+            continue
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _paragraph(file: Path, detections: Detections) -> str:
+    width, height = detections.image_size
+    count = len(detections)
+    heading = f"{file}  {width}x{height}  {count} object{'s' * (count != 1)}"
+    if not count:
+        return heading
+    return heading + "".join(f"\n  {line}" for line in detections.table().splitlines())
+
+
+def _coco_results(found: Sequence[Detections]) -> list[dict[str, Any]]:
+    """COCO results; ids are the numbers in the file names if all of them are numbers, else 1, 2, 3, ...
+
+    ``file_name`` goes along, which COCO's tools ignore and everybody else can use.
+    """
+    stems = [Path(detections.source or "").stem for detections in found]
+    numbers = [int(stem) for stem in stems if re.fullmatch(r"[0-9]+", stem)]
+    ids = numbers if len(set(numbers)) == len(found) else list(range(1, len(found) + 1))
+    return [
+        {**result, "file_name": detections.source}
+        for image_id, detections in zip(ids, found, strict=True)
+        for result in detections.to_coco(image_id)
+    ]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
+        raise RefineDetError(f"{folder}: the folder cannot be made ({reason})") from None
+
+
+def _write_json(path: Path, content: object) -> None:
+    """Write aside, then move into place: an earlier file is not lost to a full disk."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise RefineDetError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+class _Copies:
+    """Drawn copies in a folder: every image its own file, and no file of the user overwritten."""
+
+    def __init__(self, folder: Path, originals: Sequence[Path]) -> None:
+        self._folder = folder
+        self._originals = {original.resolve() for original in originals}
+        self._names: set[str] = set()
+        self.written = 0
+
+    def write(self, original: Path, drawn: npt.NDArray[np.uint8]) -> Path:
+        from PIL import Image, PngImagePlugin
+
+        target = self._target(original, large=max(drawn.shape) > _LARGE_SIDE)
+        aside = target.with_name(f".{target.name}.part")
+        picture = Image.fromarray(drawn)
+        try:
+            if target.suffix == ".png":
+                text = PngImagePlugin.PngInfo()
+                text.add_text("Software", _SIGNATURE)
+                picture.save(aside, format="PNG", pnginfo=text)
+            else:
+                picture.save(aside, format="JPEG", quality=92, subsampling=0, comment=_SIGNATURE)
+            os.replace(aside, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise RefineDetError(f"{target}: cannot be written ({error.strerror or error})") from None
+        self.written += 1
+        return target
+
+    def _target(self, original: Path, *, large: bool) -> Path:
+        # Photos stay JPEG; whatever else comes in becomes PNG, which loses nothing and has no limit on its sides.
+        ending = ".jpg" if original.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif") and not large else ".png"
+        number = 1
+        while True:
+            name = f"{original.stem}{'' if number == 1 else f'-{number}'}{ending}"
+            target = self._folder / name
+            # Compared in lower case: on many disks A.jpg and a.jpg are one file.
+            if name.lower() not in self._names and target.resolve() not in self._originals and _is_ours(target):
+                self._names.add(name.lower())
+                return target
+            number += 1
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is absent or a copy drawn earlier."""
+    if not path.exists():
+        return True
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            signature = image.info.get("comment", image.info.get("Software", ""))
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return signature in (_SIGNATURE, _SIGNATURE.encode())
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error while the block runs, fed with (done, total); nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Tables printed meanwhile are lifted over the bar, unless they go to a file.
+    redirect = sys.stdout.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=redirect) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _inspect(arguments: list[str]) -> int:
+    call = _parse(InspectCall, "inspect", arguments)
+    names = _names(call.class_names)
+    if call.mosaic is not None:
+        _make_folder(call.mosaic.parent)
+
+    from refinedet.data.health import inspect_dataset
+
+    with _progress("inspect") as show:
+        health = inspect_dataset(Path(call.data).expanduser(), split=call.split, class_names=names, progress=show)
+    print(health.render())
+    if call.mosaic is not None:
+        health.write_mosaic(call.mosaic)
+        print(f"mosaic: {call.mosaic}")
+    return 1 if any(problem.fatal for problem in health.problems) else 0
+
+
+def _models(arguments: list[str]) -> int:
+    _parse(ModelsCall, "models", arguments)
+    boxed = refinedet.weights.names()
+    print("Models in the box (refinedet predict NAME photo.jpg):")
+    for name in boxed:
+        print(f"  {name:<26}{_measured(name)}")
+    if not boxed:
+        print("  none")
+    print("\nPresets (refinedet train NAME --data DATA):")
+    for name, preset in PRESETS.items():
+        print(f"  {name:<26}{preset.summary}")
+    return 0
+
+
+def _measured(name: str) -> str:
+    """The accuracy that the config of a model in the box records, and on what."""
+    folder = refinedet.weights.folder_of(name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else {}
+        metrics = config["metrics"]
+        figure = f"mAP {100 * metrics['mAP']:.1f}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "accuracy not measured"
+    where = " ".join(str(metrics[key]) for key in ("data", "split") if metrics.get(key))
+    return figure + (f" on {where}" if where else "")
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "inspect": _inspect,
+    "models": _models,
+}

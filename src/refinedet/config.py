@@ -1,0 +1,449 @@
+"""Configuration: frozen dataclasses, the presets, and their JSON round trip.
+
+Standard library only, so that the command line can answer ``--help`` without importing torch. Every number of the
+paper's presets names its source; "reference" means the official Caffe code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from refinedet.errors import RefineDetError, UsageError
+
+BackboneName = Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceConfig:
+    """How raw outputs become detections (paper, section 4 "Inference")."""
+
+    score_threshold: float = 0.01
+    """Class scores at or below this are dropped before NMS (official code: confidence_threshold 0.01)."""
+    candidates: int = 400
+    """How many (anchor, class) pairs of highest score go into NMS (paper: 400; official code: 1000)."""
+    candidates_per: Literal["image", "class"] = "image"
+    """Whether ``candidates`` counts pairs of the whole image (the paper) or of each class (the official code)."""
+    nms_iou: float = 0.45
+    """Within a class, a box that overlaps a better one by more than this is dropped (paper, section 4)."""
+    max_detections: int = 200
+    """Detections kept per image (paper: 200; official code: 500)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.score_threshold < 1, "score_threshold", self.score_threshold, "in [0, 1)")
+        _require(self.candidates >= 1, "candidates", self.candidates, "at least 1")
+        _require(0 <= self.nms_iou <= 1, "nms_iou", self.nms_iou, "in [0, 1]")
+        _require(self.max_detections >= 1, "max_detections", self.max_detections, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network and everything its weights depend on, input normalisation included."""
+
+    backbone: BackboneName = "vgg16"
+    """Feature extractor; taps at strides 8, 16, 32 and 64."""
+    num_classes: int = 20
+    """Object classes, background not counted."""
+    image_size: tuple[int, int] = (320, 320)
+    """Height and width in pixels that pictures are warped to; multiples of 64."""
+    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0)
+    """Side of the square anchor of each level, in pixels of the network input; the same for 320 and 512
+    (official code; the paper says "scales of 4 times the stride")."""
+    aspect_ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
+    """Width / height of the anchors of a cell, in this order (paper, section 4)."""
+    offset_std: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    """Offsets are multiplied by this before they are applied to an anchor ("variance" in Caffe)."""
+    tcb_channels: int = 256
+    """Channels of the transfer connection blocks and of the ODM's feature maps (paper, figure 2)."""
+    tcb_batch_norm: bool = False
+    """Batch normalisation in the transfer connection blocks (official code: off for VGG-16, on for ResNet)."""
+    backbone_norm: Literal["batch", "frozen"] = "batch"
+    """"frozen" keeps the backbone's batch-norm statistics and scales as they were imported; no effect on VGG-16."""
+    frozen_stages: int = 0
+    """Leading stages of a ResNet that are not trained: 1 is the stem, 2 the stem and layer1, and so on."""
+    negative_threshold: float = 0.99
+    """Theta: an anchor whose negative confidence in the ARM exceeds this is filtered (paper, section 3; 1.0 filters
+    nothing)."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Subtracted from pixel values in 0..255, in the order of ``channel_order``. Default: torchvision's ImageNet."""
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    """Divides the result. (104, 117, 123) with std 1 and "bgr" is what Caffe-born weights want."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """Channel order of the network input."""
+    resize: Literal["bilinear", "antialias"] = "bilinear"
+    """How a picture is warped to ``image_size``: plain bilinear, as the official models want, or antialiased."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """Post-processing."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
+        height, width = self.image_size
+        _require(
+            height >= 64 and width >= 64 and height % 64 == 0 and width % 64 == 0,
+            "image_size",
+            self.image_size,
+            "two multiples of 64",
+        )
+        _require(len(self.anchor_sizes) == 4, "anchor_sizes", self.anchor_sizes, "one size for each of the 4 levels")
+        _require(min(self.anchor_sizes) > 0, "anchor_sizes", self.anchor_sizes, "positive")
+        _require(
+            len(self.aspect_ratios) >= 1 and min(self.aspect_ratios) > 0,
+            "aspect_ratios",
+            self.aspect_ratios,
+            "positive",
+        )
+        _require(min(self.offset_std) > 0, "offset_std", self.offset_std, "positive")
+        _require(self.tcb_channels >= 1, "tcb_channels", self.tcb_channels, "at least 1")
+        _require(0 <= self.frozen_stages <= 5, "frozen_stages", self.frozen_stages, "between 0 and 5")
+        _require(0 < self.negative_threshold <= 1, "negative_threshold", self.negative_threshold, "in (0, 1]")
+        _require(min(self.std) > 0, "std", self.std, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """The sampling law of the official code (annotated_data_layer, im_transforms, sampler). See data/augment.py."""
+
+    photometric: bool = True
+    """Random brightness, contrast, saturation and hue."""
+    expand_probability: float = 0.5
+    """Chance that a picture is placed on a larger canvas of the mean colour."""
+    expand_ratio: float = 4.0
+    """Largest side of that canvas, in sides of the picture."""
+    crop: bool = True
+    """The seven batch samplers."""
+    flip_probability: float = 0.5
+    """Chance of a horizontal flip."""
+    interpolations: tuple[Literal["linear", "area", "nearest", "cubic", "lanczos"], ...] = (
+        "linear",
+        "area",
+        "nearest",
+        "cubic",
+        "lanczos",
+    )
+    """One is drawn for every picture."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.expand_probability <= 1, "expand_probability", self.expand_probability, "in [0, 1]")
+        _require(self.expand_ratio >= 1, "expand_ratio", self.expand_ratio, "at least 1")
+        _require(0 <= self.flip_probability <= 1, "flip_probability", self.flip_probability, "in [0, 1]")
+        _require(len(self.interpolations) >= 1, "interpolations", self.interpolations, "at least one name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Matching, mining and the loss (paper, section 4; official code's multibox_loss_param)."""
+
+    arm_positive_iou: float = 0.5
+    """An anchor is positive for the ARM if its best overlap reaches this (the greedy step comes first)."""
+    arm_negative_iou: float = 0.5
+    """An unmatched anchor may be mined as a negative of the ARM if its best overlap is below this."""
+    odm_positive_iou: float = 0.5
+    """The same for the ODM, on refined anchors."""
+    odm_negative_iou: float = 0.5
+    """The same for the ODM, on refined anchors."""
+    negatives_per_positive: float = 3.0
+    """Hard negatives kept for each positive of an image (paper, section 4)."""
+
+    def __post_init__(self) -> None:
+        for name in ("arm", "odm"):
+            positive, negative = getattr(self, f"{name}_positive_iou"), getattr(self, f"{name}_negative_iou")
+            _require(0 < positive <= 1, f"{name}_positive_iou", positive, "in (0, 1]")
+            _require(0 <= negative <= positive, f"{name}_negative_iou", negative, f"between 0 and {positive}")
+        _require(
+            self.negatives_per_positive >= 0, "negatives_per_positive", self.negatives_per_positive, "not negative"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation, schedule and the running of a training."""
+
+    iterations: int = 120_000
+    """Updates of the weights."""
+    batch_size: int = 32
+    """Images per update, over all processes and accumulation steps."""
+    accumulation_steps: int = 1
+    """Each update is the mean of this many backward passes (Caffe's iter_size)."""
+    learning_rate: float = 1e-3
+    """Rate of the weights; see ``bias_learning_rate_factor``."""
+    schedule: Literal["milestones", "cosine"] = "milestones"
+    """Multiply by ``gamma`` at each milestone, or follow a half cosine down to ``final_learning_rate_factor``."""
+    milestones: tuple[int, ...] = (80_000, 100_000)
+    """Iterations at which the rate drops."""
+    gamma: float = 0.1
+    """Factor of a drop."""
+    final_learning_rate_factor: float = 0.01
+    """Where the cosine ends, as a share of ``learning_rate``."""
+    warmup_iterations: int = 0
+    """Linear rise of the rate from nearly 0; the paper has none."""
+    momentum: float = 0.9
+    """Paper, section 4."""
+    weight_decay: float = 5e-4
+    """Paper, section 4; not applied to biases."""
+    bias_learning_rate_factor: float = 2.0
+    """Official code: lr_mult 2, decay_mult 0 for biases of convolutions."""
+    gradient_clip_norm: float | None = None
+    """Largest norm of the whole gradient; the paper does not clip."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay and evaluate and save that."""
+    size_schedule: tuple[tuple[int, int], ...] = ()
+    """Pairs (first iteration, side): train on smaller squares first, which is faster; anchors keep their pixel
+    sizes. Before the first pair, and without any, the model's ``image_size`` is used."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of the network; losses and box arithmetic stay in fp32."""
+    channels_last: bool = True
+    """Memory layout of images and convolutions; faster on every current device."""
+    compile: bool = False
+    """torch.compile the network."""
+    seed: int = 0
+    """Of the weights, the order and the augmentation."""
+    workers: int = 2
+    """Processes per trainer that load and augment pictures."""
+    log_every: int = 20
+    """Iterations between lines of metrics.csv."""
+    save_every: int = 1_000
+    """Iterations between checkpoints (last/ and last.ckpt)."""
+    evaluate_every: int = 5_000
+    """Iterations between evaluations on the evaluation split; 0 evaluates only at the end."""
+    evaluate_limit: int | None = None
+    """Evaluate on the first so many pictures of the split while training; the end uses all."""
+    train_split: str = "trainval"
+    """Split to train on, where the data has splits."""
+    evaluate_split: str = "test"
+    """Split to evaluate on; never trained on."""
+    metric: Literal["voc07", "voc", "coco"] = "voc07"
+    """Which figure decides what "best" is."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Augmentation of the training pictures."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Matching and loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "accumulation_steps", "log_every", "save_every"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_iterations", "workers", "evaluate_every", "weight_decay", "bias_learning_rate_factor"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
+        _require(
+            self.learning_rate > 0 and math.isfinite(self.learning_rate),
+            "learning_rate",
+            self.learning_rate,
+            "positive",
+        )
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(
+            0 <= self.final_learning_rate_factor <= 1,
+            "final_learning_rate_factor",
+            self.final_learning_rate_factor,
+            "in [0, 1]",
+        )
+        _require(
+            self.gradient_clip_norm is None or self.gradient_clip_norm > 0,
+            "gradient_clip_norm",
+            self.gradient_clip_norm,
+            "positive or none",
+        )
+        _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1) or none")
+        _require(
+            self.evaluate_limit is None or self.evaluate_limit >= 1,
+            "evaluate_limit",
+            self.evaluate_limit,
+            "at least 1 or none",
+        )
+        _require(
+            all(first >= 0 and side >= 64 and side % 64 == 0 for first, side in self.size_schedule),
+            "size_schedule",
+            self.size_schedule,
+            "pairs of an iteration and a multiple of 64",
+        )
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            "batch_size",
+            self.batch_size,
+            f"a multiple of accumulation_steps ({self.accumulation_steps})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model and how it is trained, under one name."""
+
+    model: ModelConfig
+    """The network."""
+    train: TrainConfig
+    """Its training."""
+    summary: str
+    """One line for ``refinedet models``."""
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UsageError(f"{name} must be {wanted}, not {value!r}")
+
+
+_VOC07 = TrainConfig(train_split="trainval", evaluate_split="test", metric="voc07")
+"""Paper, section 5.1 (VOC 2007): 1e-3 for 80k iterations, then 20k each at 1e-4 and 1e-5, batch 32."""
+_VOC12 = dataclasses.replace(_VOC07, iterations=240_000, milestones=(160_000, 200_000), metric="voc")
+"""Paper, section 5.2 (VOC 2012): 1e-3 for 160k iterations, then 40k each at 1e-4 and 1e-5."""
+
+PRESETS: dict[str, Preset] = {
+    "voc07-320-vgg16": Preset(
+        model=ModelConfig(), train=_VOC07, summary="Paper, Table 1: RefineDet320, VGG-16, VOC 2007 test (80.0 mAP)"
+    ),
+    "voc07-512-vgg16": Preset(
+        model=ModelConfig(image_size=(512, 512)),
+        train=_VOC07,
+        summary="Paper, Table 1: RefineDet512, VGG-16, VOC 2007 test (81.8 mAP)",
+    ),
+    "voc12-320-vgg16": Preset(
+        model=ModelConfig(), train=_VOC12, summary="Paper, Table 1: RefineDet320, VGG-16, VOC 2012 test (78.1 mAP)"
+    ),
+    "voc12-512-vgg16": Preset(
+        model=ModelConfig(image_size=(512, 512)),
+        train=_VOC12,
+        summary="Paper, Table 1: RefineDet512, VGG-16, VOC 2012 test (80.1 mAP)",
+    ),
+    "voc07-320-resnet18": Preset(
+        model=ModelConfig(
+            backbone="resnet18", tcb_channels=128, tcb_batch_norm=True, backbone_norm="frozen", frozen_stages=2
+        ),
+        train=TrainConfig(
+            iterations=3_300,
+            batch_size=16,
+            learning_rate=0.01,
+            schedule="cosine",
+            warmup_iterations=100,
+            gradient_clip_norm=10.0,
+            ema_decay=0.998,
+            size_schedule=((0, 256), (1_800, 320)),
+            precision="bf16",
+            workers=1,
+            evaluate_every=600,
+            save_every=200,
+            evaluate_limit=250,
+            train_split="train",
+            evaluate_split="val",
+        ),
+        summary="The light model that ships: ResNet-18, 128-channel TCB, trained on two CPU cores",
+    ),
+    "smoke": Preset(
+        model=ModelConfig(
+            backbone="resnet18", tcb_channels=32, tcb_batch_norm=True, image_size=(128, 128), backbone_norm="frozen"
+        ),
+        train=TrainConfig(
+            iterations=20,
+            batch_size=4,
+            learning_rate=0.005,
+            warmup_iterations=5,
+            gradient_clip_norm=10.0,
+            milestones=(15,),
+            workers=0,
+            log_every=1,
+            save_every=10,
+            evaluate_every=0,
+            train_split="train",
+            evaluate_split="val",
+        ),
+        summary="Twenty iterations at 128 pixels: does everything run on this machine?",
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        UsageError: unknown name; the message suggests the nearest one.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(PRESETS)}"
+    raise UsageError(f"unknown preset '{name}': {hint}")
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists, numbers and strings of a config, ready for JSON."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"not a config: {config!r}")
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[ConfigT], values: Any, *, source: str = "config") -> ConfigT:
+    """The config of class ``kind`` that ``to_dict`` wrote. Missing keys take their defaults.
+
+    Raises:
+        RefineDetError: an unknown key (the nearest one is suggested) or a value of the wrong type; ``source`` is
+            named in the message.
+    """
+    result = _convert(kind, values, source)
+    return typing.cast(ConfigT, result)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise RefineDetError(f"{where}: expected an object with named values, found {value!r}")
+        hints = typing.get_type_hints(kind)
+        names = {f.name for f in dataclasses.fields(kind)}
+        for key in value:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, n=1)
+                raise RefineDetError(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        arguments = {key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
+        try:
+            return kind(**arguments)
+        except RefineDetError as error:
+            raise RefineDetError(f"{where}: {error}") from None
+        except TypeError as error:
+            raise RefineDetError(f"{where}: {str(error).split('() ')[-1]}") from None
+    origin, arguments_of = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments_of:
+            return value
+        raise RefineDetError(f"{where}: must be one of {', '.join(map(repr, arguments_of))}, not {value!r}")
+    if origin is types.UnionType or origin is typing.Union:
+        if value is None and type(None) in arguments_of:
+            return None
+        return _convert(next(a for a in arguments_of if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RefineDetError(f"{where}: expected a list, found {value!r}")
+        kinds = [arguments_of[0]] * len(value) if arguments_of[-1] is Ellipsis else list(arguments_of)
+        if len(kinds) != len(value):
+            raise RefineDetError(f"{where}: expected {len(kinds)} values, found {len(value)}")
+        return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RefineDetError(f"{where}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def save_json(config: Any, path: Path) -> None:
+    """Write a config as indented JSON."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def load_json(kind: type[ConfigT], path: Path) -> ConfigT:
+    """Read what ``save_json`` wrote.
+
+    Raises:
+        RefineDetError: the file is missing, is no JSON, or holds an unknown key; the message names the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RefineDetError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise RefineDetError(f"{path}: not valid JSON ({error})") from None
+    return from_dict(kind, values, source=str(path))

@@ -1,0 +1,228 @@
+"""The health check behind ``refinedet inspect``: what is in a data set, and what is wrong with it, file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from refinedet.data.dataset import DetectionDataset, Problem, open_dataset
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.media import read_image
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Of the sizes of boxes: smallest, 5%, quarter, median, three quarters, 95%, largest."""
+_MOSAIC_SIDE = 480
+"""Longest side of a picture in the mosaic, in pixels: sixteen photos must stay one viewable file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassCount:
+    """How often a class occurs."""
+
+    name: str
+    objects: int
+    """Boxes, difficult and crowd ones included."""
+    images: int
+    """Pictures with at least one of them."""
+    difficult: int
+    """Boxes with VOC's flag."""
+    crowd: int
+    """Boxes with COCO's flag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthReport:
+    """What ``inspect_dataset`` found."""
+
+    path: Path
+    """The data set."""
+    format: str
+    """voc, coco or yolo."""
+    split: str | None
+    """None: everything."""
+    images: int
+    """Pictures with a usable annotation; unreadable ones included."""
+    boxes: int
+    """Usable boxes."""
+    images_without_objects: int
+    """Valid negatives."""
+    classes: tuple[ClassCount, ...]
+    """In label order."""
+    box_sizes: tuple[float, ...]
+    """``QUANTILES`` of sqrt(box area / image area); empty without boxes."""
+    smallest_image: tuple[int, int] | None
+    """(width, height) of the picture with the fewest pixels; None without pictures."""
+    largest_image: tuple[int, int] | None
+    """(width, height) of the picture with the most pixels; None without pictures."""
+    duplicate_boxes: int
+    """Boxes that repeat another one of the same class in the same picture."""
+    unreadable: tuple[Path, ...]
+    """Pictures that are truncated, damaged, or of another size than their annotation says."""
+    problems: tuple[Problem, ...]
+    """Every faulty box and file, by name; those of ``unreadable`` among them."""
+    dataset: DetectionDataset = field(repr=False)
+    """The records that were read."""
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing at all was found."""
+        return not self.problems
+
+    def render(self, max_problems: int | None = None) -> str:
+        """The report as text; after ``max_problems`` the rest of the problems is only counted."""
+        title = f"{self.path} ({self.format}, {'all images' if self.split is None else 'split ' + self.split})"
+        lines = [
+            title,
+            f"images             {self.images:>8}",
+            f"  without objects  {self.images_without_objects:>8}",
+            f"  unreadable       {len(self.unreadable):>8}",
+            f"boxes              {self.boxes:>8}",
+            f"  duplicates       {self.duplicate_boxes:>8}",
+            f"problems           {len(self.problems):>8}",
+        ]
+        if self.smallest_image is not None and self.largest_image is not None:
+            small, large = ("x".join(map(str, size)) for size in (self.smallest_image, self.largest_image))
+            lines.append(f"image size         from {small} to {large}")
+        if self.box_sizes:
+            labels = ("min", "5%", "25%", "50%", "75%", "95%", "max")
+            values = "  ".join(f"{label} {100 * size:.1f}" for label, size in zip(labels, self.box_sizes, strict=True))
+            lines.append(f"box size           {values}   (square root of its share of the image, in %)")
+        if self.classes:
+            width = max(len("class"), *(len(count.name) for count in self.classes))
+            lines += ["", f"{'class':<{width}}  {'objects':>8}  {'images':>8}  {'difficult':>9}  {'crowd':>6}"]
+            lines += [
+                f"{c.name:<{width}}  {c.objects:>8}  {c.images:>8}  {c.difficult:>9}  {c.crowd:>6}"
+                for c in self.classes
+            ]
+        if self.problems:
+            shown = self.problems if max_problems is None else self.problems[:max_problems]
+            lines += ["", "problems:"]
+            lines += [f"  {problem}" for problem in shown]
+            if len(shown) < len(self.problems):
+                lines.append(f"  and {len(self.problems) - len(shown)} more")
+        return "\n".join(lines)
+
+    def write_mosaic(self, path: str | Path, columns: int = 4, count: int = 16, seed: int = 0) -> None:
+        """Write one picture that shows ``count`` random pictures with their boxes drawn.
+
+        Raises:
+            UsageError: no picture can be read, or a number is not positive.
+            RefineDetError: the file cannot be written.
+        """
+        from refinedet import visualize  # Drawing is not needed to read data.
+
+        if columns < 1 or count < 1:
+            raise UsageError(f"a mosaic needs at least 1 column and 1 image, not {columns} and {count}")
+        broken = set(self.unreadable)
+        usable = [i for i, record in enumerate(self.dataset.records) if record.image_path not in broken]
+        if not usable:
+            raise UsageError(f"{self.path}: no readable image for a mosaic")
+        chosen = np.random.default_rng(seed).permutation(len(usable))[:count]
+        tiles = []
+        for position in sorted(chosen):
+            record = self.dataset.records[usable[position]]
+            image, boxes = _shrink(self.dataset.load_image(usable[position]), record.boxes)
+            tiles.append(visualize.draw_boxes(image, boxes, record.labels, self.dataset.class_names))
+        sheet = visualize.mosaic(tiles, columns)
+        try:
+            Image.fromarray(sheet).save(path)
+        except (OSError, ValueError) as error:
+            raise RefineDetError(f"{path}: the mosaic cannot be written ({error}); name a .jpg or .png file") from None
+
+
+def inspect_dataset(
+    path: str | Path,
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> HealthReport:
+    """Read a data set leniently, decode every picture, and count.
+
+    Args:
+        path: as for ``open_dataset``.
+        split: as for ``open_dataset``; None inspects all images.
+        class_names: as for ``open_dataset``.
+        progress: called with (pictures done, pictures in all) after each picture.
+
+    Raises:
+        UsageError: no data set at ``path``, unknown or empty split.
+        RefineDetError: the data set as a whole cannot be read, such as a COCO file that is no JSON.
+    """
+    dataset = open_dataset(path, split, class_names, strict=False)
+    problems = list(dataset.problems)
+    unreadable: list[Path] = []
+    duplicates = 0
+    for index, record in enumerate(dataset.records):
+        try:
+            read_image(record.image_path, size=(record.width, record.height))
+        except RefineDetError as error:
+            unreadable.append(record.image_path)
+            problems.append(Problem(record.image_path, str(error).removeprefix(f"{record.image_path}: "), fatal=True))
+        rows = np.concatenate([record.boxes, record.labels[:, None].astype(np.float32)], axis=1)
+        kinds, counts = np.unique(rows, axis=0, return_counts=True)
+        for kind, times in zip(kinds[counts > 1], counts[counts > 1], strict=True):
+            duplicates += int(times) - 1
+            corners = ",".join(f"{value:g}" for value in kind[:4])
+            name = dataset.class_names[int(kind[4])]
+            problems.append(Problem(record.image_path, f"{times} times the same box {corners} ({name})", fatal=False))
+        if progress is not None:
+            progress(index + 1, len(dataset))
+    sizes = [(record.width, record.height) for record in dataset.records]
+    relative = _relative_sizes(dataset)
+    return HealthReport(
+        path=dataset.path,
+        format=dataset.format,
+        split=dataset.split,
+        images=len(dataset),
+        boxes=sum(len(record.labels) for record in dataset.records),
+        images_without_objects=sum(len(record.labels) == 0 for record in dataset.records),
+        classes=_count_classes(dataset),
+        box_sizes=tuple(float(value) for value in np.quantile(relative, QUANTILES)) if len(relative) else (),
+        smallest_image=min(sizes, key=lambda size: (size[0] * size[1], size), default=None),
+        largest_image=max(sizes, key=lambda size: (size[0] * size[1], size), default=None),
+        duplicate_boxes=duplicates,
+        unreadable=tuple(unreadable),
+        problems=tuple(problems),
+        dataset=dataset,
+    )
+
+
+def _relative_sizes(dataset: DetectionDataset) -> npt.NDArray[np.float64]:
+    parts = [np.zeros(0)]
+    for record in dataset.records:
+        sides = (record.boxes[:, 2:] - record.boxes[:, :2]).astype(np.float64)
+        parts.append(np.sqrt(sides.prod(axis=1) / (record.width * record.height)))
+    return np.concatenate(parts)
+
+
+def _count_classes(dataset: DetectionDataset) -> tuple[ClassCount, ...]:
+    count = len(dataset.class_names)
+    objects, images, difficult, crowd = (np.zeros(count, dtype=np.int64) for _ in range(4))
+    for record in dataset.records:
+        objects += np.bincount(record.labels, minlength=count)
+        images[np.unique(record.labels)] += 1
+        difficult += np.bincount(record.labels[record.difficult], minlength=count)
+        crowd += np.bincount(record.labels[record.crowd], minlength=count)
+    return tuple(
+        ClassCount(name=name, objects=int(o), images=int(i), difficult=int(d), crowd=int(c))
+        for name, o, i, d, c in zip(dataset.class_names, objects, images, difficult, crowd, strict=True)
+    )
+
+
+def _shrink(
+    image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    height, width = image.shape[:2]
+    scale = min(1.0, _MOSAIC_SIDE / max(height, width))
+    if scale == 1.0:
+        return image, boxes
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+    factors = np.array([size[0] / width, size[1] / height] * 2, dtype=np.float32)
+    return small, boxes * factors

@@ -1,0 +1,341 @@
+"""RefineDet: a network, its config and its class names in one object that predicts, saves and loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+import refinedet.weights
+from refinedet.config import ModelConfig, from_dict, to_dict
+from refinedet.detections import Detections
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.media import read_image
+from refinedet.model.network import RefineDetNetwork
+from refinedet.model.postprocess import postprocess
+from refinedet.preprocess import preprocess
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    ImageSource = str | Path | npt.NDArray[np.uint8] | Image.Image
+    ImageSources = list[ImageSource] | list[str] | list[Path] | list[npt.NDArray[np.uint8]] | tuple[ImageSource, ...]
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+
+
+class RefineDet:
+    """A detector: ``network`` (a ``torch.nn.Module``), ``config`` and ``class_names``.
+
+    Args:
+        config: the network and its input; weights start from random numbers.
+        class_names: one name per class; "class 0", "class 1", ... if not given.
+        network: an existing network of that config to wrap, instead of a new one.
+
+    Raises:
+        UsageError: the number of names is not the config's number of classes.
+
+    Example:
+        >>> from refinedet import PRESETS, RefineDet
+        >>> RefineDet(PRESETS["voc07-320-vgg16"].model).num_anchors
+        6375
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        class_names: Sequence[str] | None = None,
+        *,
+        network: RefineDetNetwork | None = None,
+    ) -> None:
+        names = tuple(class_names or (f"class {i}" for i in range(config.num_classes)))
+        if len(names) != config.num_classes:
+            raise UsageError(f"{len(names)} class names for a model of {config.num_classes} classes")
+        self.config = config
+        self.class_names = names
+        self.metrics: dict[str, Any] = {}
+        """What was measured of these weights: figure, data, split, command; kept in config.json."""
+        self.network = RefineDetNetwork(config).eval() if network is None else network
+
+    @property
+    def num_anchors(self) -> int:
+        """Anchors at the config's image size."""
+        height, width = self.config.image_size
+        cells = sum((height // stride) * (width // stride) for stride in (8, 16, 32, 64))
+        return cells * len(self.config.aspect_ratios)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: str | torch.device) -> RefineDet:
+        """Move the network; returns self."""
+        self.network.to(device)
+        return self
+
+    @overload
+    def predict(self, source: ImageSource, *, threshold: float | None = ..., batch_size: int = ...) -> Detections: ...
+    @overload
+    def predict(
+        self, source: ImageSources, *, threshold: float | None = ..., batch_size: int = ...
+    ) -> list[Detections]: ...
+    def predict(
+        self,
+        source: ImageSource | ImageSources,
+        *,
+        threshold: float | None = 0.5,
+        batch_size: int = 8,
+    ) -> Detections | list[Detections]:
+        """Detect objects.
+
+        Args:
+            source: a file, a (H, W, 3) uint8 RGB array or a Pillow image; or a list of these.
+            threshold: lowest score returned; None returns all that post-processing keeps.
+            batch_size: images per run of the network.
+
+        Returns:
+            One ``Detections`` for one image, a list for a list, in pixels of each image.
+
+        Raises:
+            RefineDetError: a file is no readable image.
+        """
+        if isinstance(source, (list, tuple)):
+            results: list[Detections] = []
+            for first in range(0, len(source), batch_size):
+                part = source[first : first + batch_size]
+                results += self.predict_arrays(
+                    [_to_array(one) for one in part],
+                    threshold=threshold,
+                    sources=[str(one) if isinstance(one, (str, Path)) else None for one in part],
+                )
+            return results
+        return self.predict([source], threshold=threshold, batch_size=1)[0]
+
+    def stream(
+        self, sources: Iterable[ImageSource], *, threshold: float | None = 0.5, batch_size: int = 8
+    ) -> Iterator[Detections]:
+        """Detect objects in any number of images with flat memory, one ``Detections`` at a time, in order."""
+        batch: list[ImageSource] = []
+        for source in sources:
+            batch.append(source)
+            if len(batch) == batch_size:
+                yield from self.predict(batch, threshold=threshold, batch_size=batch_size)
+                batch = []
+        yield from self.predict(batch, threshold=threshold, batch_size=batch_size)
+
+    def predict_arrays(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        threshold: float | None = None,
+        sources: Sequence[str | None] | None = None,
+    ) -> list[Detections]:
+        """Run the network once over all ``images``.
+
+        Args:
+            images: (H, W, 3) uint8 RGB each, sizes may differ.
+            threshold: lowest score returned; None returns all that post-processing keeps.
+            sources: file of each image, for ``Detections.source``.
+
+        Returns:
+            Detections in pixels of each image, clipped to it, best first.
+        """
+        if not images:
+            return []
+        height, width = self.config.image_size
+        inputs = torch.from_numpy(np.stack([preprocess(image, self.config) for image in images]))
+        training = self.network.training
+        self.network.eval()
+        try:
+            with torch.inference_mode():
+                inputs = inputs.to(self.device).contiguous(memory_format=torch.channels_last)
+                found = postprocess(self.network(inputs), self.config)
+        finally:
+            self.network.train(training)
+        boxes, scores, labels = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels))
+        results = []
+        for row, (image, count) in enumerate(zip(images, found.counts.tolist(), strict=True)):
+            rows, columns = image.shape[:2]
+            factor = np.array([columns / width, rows / height] * 2, dtype=np.float32)
+            scaled = np.clip(boxes[row, :count] * factor, 0, np.array([columns, rows] * 2, dtype=np.float32))
+            one = Detections(
+                boxes=scaled,
+                scores=scores[row, :count],
+                labels=labels[row, :count],
+                class_names=self.class_names,
+                image_size=(columns, rows),
+                source=sources[row] if sources else None,
+            )
+            results.append(one if threshold is None else one.filter(threshold=threshold))
+        return results
+
+    def save_pretrained(self, folder: str | Path, *, card: str | None = None, half: bool = False) -> Path:
+        """Write model.safetensors, config.json and, if given, README.md (the model card).
+
+        Args:
+            folder: made if missing; files there are replaced one by one, each only once it is complete.
+            card: text of the model card.
+            half: store convolution kernels as float16; norms and biases stay float32.
+
+        Raises:
+            RefineDetError: the folder cannot be written to or the disk is full.
+        """
+        from refinedet.training.checkpoint import write_atomically
+
+        target = Path(folder).expanduser()
+        state = {
+            name: tensor.detach().cpu().contiguous().to(torch.float16 if half and tensor.ndim == 4 else tensor.dtype)
+            for name, tensor in self.network.state_dict().items()
+        }
+        content = {
+            "format": "refinedet",
+            "model": to_dict(self.config),
+            "class_names": list(self.class_names),
+            "metrics": self.metrics,
+        }
+        data = save(state, metadata={"format": "pt"})
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        write_atomically(target / WEIGHTS_FILE, lambda aside: _write(aside, data))
+        write_atomically(target / CONFIG_FILE, lambda aside: _write(aside, text.encode()))
+        if card is not None:
+            write_atomically(target / CARD_FILE, lambda aside: _write(aside, card.encode()))
+        return target
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu") -> RefineDet:
+        """Load a model.
+
+        Args:
+            name: a model in the box ("voc07-320-resnet18"), a folder with model.safetensors and config.json, a run
+                folder (its best/ is taken, else its last/), or a hub id "owner/name". Only the last uses the network.
+            device: where the network goes.
+
+        Raises:
+            UsageError: nothing of that name.
+            RefineDetError: a file is missing, corrupt, or does not fit its config.
+        """
+        folder = find_weights(name)
+        values = _read_json(folder / CONFIG_FILE)
+        unknown = set(values) - {"format", "model", "class_names", "metrics"}
+        if "model" not in values or "class_names" not in values or unknown:
+            what = f"unknown key '{sorted(unknown)[0]}'" if unknown else "no 'model' or no 'class_names' in it"
+            raise RefineDetError(f"{folder / CONFIG_FILE}: not the config of a refinedet model ({what})")
+        config = from_dict(ModelConfig, values["model"], source=str(folder / CONFIG_FILE))
+        try:
+            detector = cls(config, values["class_names"])
+        except UsageError as error:
+            raise RefineDetError(f"{folder / CONFIG_FILE}: {error}") from None
+        detector.metrics = values.get("metrics") or {}
+        path = folder / WEIGHTS_FILE
+        load_weights(detector.network, read_safetensors(path), str(path))
+        return detector.to(device)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+
+
+def _to_array(source: ImageSource) -> npt.NDArray[np.uint8]:
+    if isinstance(source, (str, Path)):
+        return read_image(source)
+    if isinstance(source, np.ndarray):
+        return source
+    return np.asarray(source.convert("RGB"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RefineDetError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise RefineDetError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise RefineDetError(f"{path}: not the config of a refinedet model")
+    return values
+
+
+def find_weights(name: str | Path) -> Path:
+    """The folder that a model's name stands for; see ``RefineDet.from_pretrained``.
+
+    Raises:
+        UsageError: nothing of that name.
+    """
+    boxed = refinedet.weights.folder_of(str(name))
+    if boxed is not None:
+        return boxed
+    path = Path(name).expanduser()
+    for folder in (path, path / "best", path / "last"):
+        if (folder / WEIGHTS_FILE).is_file():
+            return folder
+    if path.is_file():
+        if path.name == WEIGHTS_FILE:
+            return path.parent
+        raise UsageError(f"{path}: give the folder that holds {WEIGHTS_FILE} and {CONFIG_FILE}, not a single file")
+    if path.is_dir():
+        raise UsageError(f"{path}: no {WEIGHTS_FILE} in this folder, nor in best/ or last/ under it")
+    text = str(name)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return _download(text)
+    known = ", ".join(refinedet.weights.names()) or "none"
+    raise UsageError(f"no model '{text}': neither a folder nor a model in the box (there: {known})")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
+    except Exception as error:
+        # The hub's client raises HTTP, cache and name errors of its own and of two libraries; all mean "not to be had".
+        raise RefineDetError(
+            f"'{hub_id}' is no folder here, and could not be downloaded from the hub ({type(error).__name__})"
+        ) from None
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        RefineDetError: missing, cut, or another kind of file (a pickle is never opened).
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise RefineDetError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RefineDetError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def load_weights(network: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy tensors into the network, each of its own shape, float16 widened to float32.
+
+    Raises:
+        RefineDetError: a tensor is missing, unexpected, or of another shape; ``source`` and the tensor are named.
+    """
+    own = network.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    if missing or unexpected:
+        first = f"'{missing[0]}' is missing" if missing else f"'{unexpected[0]}' is not part of this network"
+        raise RefineDetError(
+            f"{source}: does not fit its config: {first} ({len(missing)} missing, {len(unexpected)} unexpected)"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            hint = "; was it trained with another number of classes?" if ".logits." in name else ""
+            raise RefineDetError(
+                f"{source}: '{name}' has shape {tuple(state[name].shape)}, its config needs {tuple(tensor.shape)}{hint}"
+            )
+    network.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in own.items()})

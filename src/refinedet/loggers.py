@@ -1,0 +1,257 @@
+"""Where the numbers of a training go: the console, a CSV file, TensorBoard, all behind one small protocol."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from refinedet.errors import RefineDetError, UsageError
+
+_STEP = "iteration"
+
+
+class Logger(Protocol):
+    """Takes named numbers of an iteration."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record ``values`` for iteration ``step``; steps never decrease."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is pending; calling it twice is harmless."""
+        ...
+
+
+class LoggerGroup:
+    """Several loggers as one.
+
+    Example:
+        >>> with LoggerGroup([]) as loggers:
+        ...     loggers.log(1, {"loss": 2.5})
+    """
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = tuple(loggers)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Pass on to every logger, in order."""
+        for logger in self.loggers:
+            logger.log(step, values)
+
+    def close(self) -> None:
+        """Close every logger, in order."""
+        for logger in self.loggers:
+            logger.close()
+
+    def __enter__(self) -> LoggerGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ConsoleLogger:
+    """Progress with the latest numbers and the time left.
+
+    A live bar on a terminal; elsewhere (a file, a job's log) one plain line for each call of ``log``.
+
+    Args:
+        total: Iterations of the whole run.
+        start: Iterations that were already done when this run was resumed.
+        stream: Where to write; standard error by default, so that standard output stays for results.
+    """
+
+    def __init__(self, total: int, *, start: int = 0, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._total, self._start, self._began = total, start, time.monotonic()
+        self._shown: dict[str, float] = {}
+        self._progress: Any = None
+        if self._stream.isatty():
+            # Rich is imported here because it costs a quarter of the time in which --help must answer.
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=Console(file=self._stream),
+            )
+            self._task = self._progress.add_task("", total=total, completed=start)
+            self._progress.start()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the numbers; those of earlier calls stay on the bar until they are replaced."""
+        if self._progress is not None:
+            self._shown.update(values)
+            self._progress.update(self._task, completed=step, description=_sentence(self._shown))
+            return
+        done = step - self._start
+        left = (
+            "" if done <= 0 else f"  left {_duration((time.monotonic() - self._began) / done * (self._total - step))}"
+        )
+        print(f"{_STEP} {step}/{self._total}  {_sentence(values)}{left}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Stop the bar and leave its last state on the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _sentence(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+class CsvLogger:
+    """One row per iteration in a CSV file whose first column is ``iteration``.
+
+    Numbers logged for the iteration of the last row join that row, and a name that is new widens the table (earlier
+    rows stay empty there), so the columns never shift. Every call reaches the file before it returns.
+
+    Args:
+        path: The file; its folder must exist.
+        resume_step: None starts a new table. Otherwise rows of later iterations are dropped, for a resumed run will
+            write them again, and so is a last row that a crash cut short.
+
+    Raises:
+        RefineDetError: the file cannot be read or written, or holds another kind of table.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        self._path = path
+        self._names: list[str] = []
+        self._last: tuple[int, dict[str, str]] | None = None
+        self._last_offset = 0
+        self._file: TextIO | None = None
+        rows = [] if resume_step is None else self._rows_until(resume_step)
+        self._rewrite(rows)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the row of iteration ``step``, or add to it.
+
+        Raises:
+            RefineDetError: the file cannot be written, for example because the disk is full.
+        """
+        if self._file is None:
+            raise UsageError(f"{self._path}: the log is closed")
+        row = {name: format(float(value), ".8g") for name, value in values.items()}
+        same_row = self._last is not None and self._last[0] == step
+        if same_row and self._last is not None:
+            row = {**self._last[1], **row}
+        new_names = [name for name in row if name not in self._names]
+        try:
+            if same_row:
+                self._file.seek(self._last_offset)
+                self._file.truncate()
+            if new_names:
+                self._file.flush()
+                rows = self._rows_until(step) if self._names else []
+                self._names += new_names
+                self._rewrite(rows)
+            self._last, self._last_offset = (step, row), self._file.tell()
+            self._file.write(self._line(step, row))
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _line(self, step: int, row: Mapping[str, str]) -> str:
+        return _csv_line([str(step), *(row.get(name, "") for name in self._names)])
+
+    def _rows_until(self, last_step: int) -> list[tuple[int, dict[str, str]]]:
+        """The rows of the file up to an iteration; takes the names of the columns from its header."""
+        try:
+            with self._path.open(encoding="utf-8", newline="") as file:
+                table = list(csv.reader(file))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, csv.Error) as error:
+            raise RefineDetError(f"{self._path}: cannot be read ({error}); move it away to start a new log") from None
+        if not table:
+            return []
+        if table[0][:1] != [_STEP]:
+            raise RefineDetError(f"{self._path}: not a log of a training; move it away to start a new one")
+        self._names = table[0][1:]
+        rows = []
+        for cells in table[1:]:
+            if len(cells) == len(table[0]) and cells[0].isdecimal() and int(cells[0]) <= last_step:
+                row = {name: cell for name, cell in zip(self._names, cells[1:], strict=True) if cell}
+                rows.append((int(cells[0]), row))
+        return rows
+
+    def _rewrite(self, rows: Sequence[tuple[int, dict[str, str]]]) -> None:
+        """Write the whole table aside and move it into place, then go on at its end."""
+        self.close()
+        aside = self._path.with_name(self._path.name + ".part")
+        try:
+            with aside.open("w", encoding="utf-8", newline="") as file:
+                if self._names:
+                    file.write(_csv_line([_STEP, *self._names]))
+                offset = file.tell()
+                for step, row in rows:
+                    offset = file.tell()
+                    file.write(self._line(step, row))
+            os.replace(aside, self._path)
+            self._file = self._path.open("r+", encoding="utf-8", newline="")
+            self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise self._unwritable(error) from None
+        self._last, self._last_offset = (rows[-1] if rows else None), offset
+
+    def _unwritable(self, error: OSError) -> RefineDetError:
+        return RefineDetError(f"{self._path}: cannot be written ({error.strerror or error})")
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+class TensorBoardLogger:
+    """Scalars for TensorBoard (needs the extra ``refinedet[tensorboard]``).
+
+    Args:
+        folder: Where the event files go; created if needed.
+        resume_step: None for a new run; otherwise TensorBoard hides what was logged after this iteration.
+
+    Raises:
+        UsageError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UsageError("TensorBoard is not installed: pip install 'refinedet[tensorboard]'") from None
+        purge = None if resume_step is None else resume_step + 1
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One scalar per name."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        """Write out and close the event file."""
+        self._writer.close()

@@ -1,0 +1,1 @@
+"""Matching, loss, optimiser, trainer and checkpoints (paper, section 4)."""

@@ -1,0 +1,157 @@
+"""Training batches: an endless, seeded order of pictures, each augmented by a random state of its own.
+
+What picture number n of a training is, and how it is augmented, depends on the seed and n alone: not on the number of
+workers, nor on where a run was stopped. So a resumed run sees what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
+from refinedet.data.augment import Photometric, render, sample_geometry, sample_photometric, transform_boxes
+from refinedet.data.dataset import DetectionDataset
+from refinedet.preprocess import normalize
+from refinedet.training.matching import Targets
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process feeds to the network in one pass."""
+
+    images: Tensor
+    """(B, 3, H, W) float32, normalised."""
+    targets: Targets
+    """In pixels of ``images``."""
+    names: list[str]
+    """File of each picture, for messages."""
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader for CUDA."""
+        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.names)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One picture of the endless order."""
+
+    number: int
+    """Position in the training: picture ``number`` belongs to iteration ``number // batch_size``."""
+    index: int
+    """Index in the data set."""
+    side: tuple[int, int]
+    """Height and width to render at."""
+
+
+class EndlessOrder(Sampler[list[Draw]]):
+    """Draws of each pass of one process: a new permutation every epoch, pictures dealt out evenly over processes.
+
+    Args:
+        length: pictures in the data set.
+        config: batch size, accumulation, seed, size schedule.
+        image_size: height and width of the input where the schedule says nothing.
+        start: first iteration.
+        rank: number of this process.
+        world: number of processes; divides the batch of a pass.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        config: TrainConfig,
+        image_size: tuple[int, int],
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.length, self.config, self.image_size = length, config, image_size
+        self.start, self.rank, self.world = start, rank, world
+
+    def size_at(self, iteration: int) -> tuple[int, int]:
+        """Height and width of the input at that iteration."""
+        size = self.image_size
+        for first, side in self.config.size_schedule:
+            if iteration >= first:
+                size = (side, side)
+        return size
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        config = self.config
+        per_pass = config.batch_size // config.accumulation_steps
+        share = per_pass // self.world
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        for iteration in range(self.start, config.iterations):
+            size = self.size_at(iteration)
+            for step in range(config.accumulation_steps):
+                first = iteration * config.batch_size + step * per_pass + self.rank * share
+                draws = []
+                for number in range(first, first + share):
+                    if number // self.length != epoch:
+                        epoch = number // self.length
+                        order = np.random.default_rng([config.seed, epoch]).permutation(self.length)
+                    draws.append(Draw(number, int(order[number % self.length]), size))
+                yield draws
+
+    def __len__(self) -> int:
+        return (self.config.iterations - self.start) * self.config.accumulation_steps
+
+
+class AugmentedPictures(Dataset[tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]]):
+    """Loads and augments one picture per draw."""
+
+    def __init__(self, dataset: DetectionDataset, model: ModelConfig, augment: AugmentConfig, seed: int) -> None:
+        self.dataset, self.model, self.augment, self.seed = dataset, model, augment, seed
+        mean = model.mean if model.channel_order == "rgb" else model.mean[::-1]
+        self.fill = (mean[0], mean[1], mean[2])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: Draw) -> tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]:
+        record = self.dataset[draw.index]
+        image = self.dataset.load_image(draw.index)
+        rng = np.random.default_rng([self.seed, 1, draw.number])
+        used = ~record.crowd
+        boxes, labels = record.boxes[used], record.labels[used]
+        photometric = sample_photometric(rng) if self.augment.photometric else Photometric()
+        geometry = sample_geometry(rng, image.shape[1], image.shape[0], boxes, self.augment)
+        moved, kept = transform_boxes(boxes, geometry, draw.side)
+        picture = render(image, geometry, photometric, draw.side, self.fill)
+        return picture, torch.from_numpy(moved), torch.from_numpy(labels[kept]), str(record.image_path)
+
+    def collate(self, items: list[tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]]) -> Batch:
+        """Stack pictures and pad targets."""
+        pictures, boxes, labels, names = zip(*items, strict=True)
+        images = torch.from_numpy(np.stack([normalize(picture, self.model) for picture in pictures]))
+        return Batch(images, Targets.collate(list(boxes), list(labels)), list(names))
+
+
+def training_batches(
+    dataset: DetectionDataset,
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """One batch for every pass of this process, from iteration ``start`` to the last."""
+    pictures = AugmentedPictures(dataset, model, config.augment, config.seed)
+    order = EndlessOrder(len(dataset), config, model.image_size, start=start, rank=rank, world=world)
+    return DataLoader(
+        pictures,  # type: ignore[arg-type]
+        batch_sampler=order,
+        num_workers=config.workers,
+        collate_fn=pictures.collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if config.workers else None,
+    )

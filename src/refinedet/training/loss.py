@@ -1,0 +1,122 @@
+"""The multi-task loss (paper, equation 1) with the official code's details (reference: multibox_loss_layer.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from refinedet import boxes as box_ops
+from refinedet.config import LossConfig, ModelConfig
+from refinedet.model.network import Predictions
+from refinedet.training.matching import Targets, match, mine_negatives
+
+
+class RefineDetLoss(nn.Module):
+    """Loss of the ARM on tiled anchors and of the ODM on refined anchors.
+
+    * The ARM learns object or not, and offsets from the tiled anchors.
+    * The ODM is matched on, and learns offsets from, the anchors that the ARM has refined; these are constants, so no
+      gradient of the ODM's loss reaches the ARM's outputs.
+    * Negative anchor filtering: anchors with a negative confidence above theta leave the pool of the ODM's hard
+      negatives, and only that; a positive stays a positive (official bbox_util.cpp:1096-1110).
+    * Each module's sums are divided by its number of positives, at least 1; a batch without positives gives 0.
+
+    Args:
+        model: offset_std, negative_threshold.
+        config: thresholds of matching and mining.
+        total: applied to the (2,) counts of positives of ARM and ODM; replaces them by the counts that the sums are
+            divided by. Processes that share a batch sum here and divide by their number.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: LossConfig | None = None, *, total: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config or LossConfig()
+        self.negative_threshold = model.negative_threshold
+        self.total = total
+        self.register_buffer("offset_std", torch.tensor(model.offset_std), persistent=False)
+        self.offset_std: Tensor
+
+    def forward(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            predictions: raw outputs for B images, of any float type; all arithmetic is float32.
+            targets: ground truth in pixels of the network input.
+
+        Returns:
+            Scalars ``arm_classification``, ``arm_localization``, ``odm_classification``, ``odm_localization`` and
+            their sum ``total``.
+        """
+        with torch.autocast(predictions.arm_logits.device.type, enabled=False):
+            arm_offsets, arm_logits = predictions.arm_offsets.float(), predictions.arm_logits.float()
+            odm_offsets, odm_logits = predictions.odm_offsets.float(), predictions.odm_logits.float()
+            anchors = predictions.anchors.float()
+            config = self.config
+            object_targets = Targets(targets.boxes, targets.labels.clamp(max=0))
+            arm = self._module_loss(
+                arm_offsets, arm_logits, anchors, object_targets, None, config.arm_positive_iou, config.arm_negative_iou
+            )
+            with torch.no_grad():
+                refined_anchors = box_ops.decode(arm_offsets, anchors, self.offset_std)
+                # P(object) >= 1 - theta rather than P(background) <= theta: near 1 float32 has no digits left.
+                passes = arm_logits.softmax(dim=-1)[..., 0] >= 1.0 - self.negative_threshold
+            odm = self._module_loss(
+                odm_offsets, odm_logits, refined_anchors, targets, passes, config.odm_positive_iou,
+                config.odm_negative_iou,
+            )  # fmt: skip
+            positives = torch.stack([arm[2], odm[2]]).float()
+            if self.total is not None:
+                positives = self.total(positives)
+            divisor = positives.clamp(min=1.0) if self.total is None else positives
+            losses = {
+                "arm_classification": arm[0] / divisor[0],
+                "arm_localization": arm[1] / divisor[0],
+                "odm_classification": odm[0] / divisor[1],
+                "odm_localization": odm[1] / divisor[1],
+            }
+            return {**losses, "total": torch.stack(list(losses.values())).sum()}
+
+    def _module_loss(
+        self,
+        offsets: Tensor,
+        logits: Tensor,
+        anchors: Tensor,
+        targets: Targets,
+        passes: Tensor | None,
+        positive_iou: float,
+        negative_iou: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed classification loss, summed localization loss and number of positives of one module.
+
+        ``passes`` (B, A) marks the anchors that the ARM did not filter.
+        """
+        background = logits.shape[-1] - 1
+        matched = match(anchors, targets, positive_iou)
+        positive = matched.target >= 0
+        with torch.no_grad():
+            background_loss = logits.logsumexp(dim=-1) - logits[..., background]
+            candidates = ~positive & (matched.overlap < negative_iou)
+            if passes is not None:
+                candidates &= passes
+            negative = mine_negatives(background_loss, candidates, positive, self.config.negatives_per_positive)
+        index = matched.target.clamp(min=0)
+        if targets.labels.shape[1] == 0:
+            labels = torch.full_like(index, background)
+            target_boxes = torch.zeros_like(offsets)
+        else:
+            labels = torch.where(positive, targets.labels.gather(1, index), background)
+            target_boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        # where() and not a product: the loss of an anchor that does not count may be inf, and inf * 0 is NaN.
+        classification = torch.where(positive | negative, cross_entropy, 0.0).sum()
+        wanted = box_ops.encode(target_boxes, anchors, self.offset_std)
+        distance = F.smooth_l1_loss(
+            offsets, torch.where(positive[..., None], wanted, offsets.detach()), reduction="none"
+        )
+        localization = torch.where(positive[..., None], distance, 0.0).sum()
+        return classification, localization, positive.sum()

@@ -1,0 +1,199 @@
+"""Layouts are recognised, the three of them say the same about the same scenes, and wrong calls are one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refinedet.data import DetectionDataset, Problem, detect_layout, list_splits, open_dataset
+from refinedet.data.dataset import ProblemLog, Record, build_record
+from refinedet.errors import UsageError
+
+FolderFactory = Callable[..., Path]
+
+
+def test_importing_the_data_layer_leaves_torch_alone() -> None:
+    code = "import sys, refinedet.data, refinedet.media; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_layouts(voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory) -> None:
+    assert detect_layout(voc_folder()) == "voc"
+    assert detect_layout(voc_folder(name="VOCdevkit/VOC2007").parent) == "voc"
+    coco, yolo = coco_folder(), yolo_folder()
+    assert detect_layout(coco) == "coco"
+    assert detect_layout(coco / "annotations" / "instances_val.json") == "coco"
+    assert detect_layout(yolo) == "yolo"
+    assert detect_layout(yolo / "data.yaml") == "yolo"
+
+
+def test_the_three_layouts_agree(
+    voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory
+) -> None:
+    voc, coco, yolo = (open_dataset(make(), "train", ["cat", "dog"]) for make in (voc_folder, coco_folder, yolo_folder))
+    assert [d.format for d in (voc, coco, yolo)] == ["voc", "coco", "yolo"]
+    assert len(voc) == len(coco) == len(yolo) == 3
+    for index in range(3):
+        first = voc[index]
+        assert len(first.labels) > 0
+        for other in (coco[index], yolo[index]):
+            np.testing.assert_allclose(first.boxes, other.boxes, atol=1e-4)
+            np.testing.assert_array_equal(first.labels, other.labels)
+            assert (first.width, first.height) == (other.width, other.height)
+            assert other.boxes.dtype == np.float32
+        for dataset in (voc, coco, yolo):
+            assert dataset.load_image(index).shape == (64, 96, 3)
+            assert not dataset.problems
+
+
+def test_the_boxes_of_the_fixtures_are_where_the_pixels_are_bright(voc_folder: FolderFactory) -> None:
+    dataset = open_dataset(voc_folder())
+    for index, record in enumerate(dataset.records):
+        image = dataset.load_image(index).astype(int)
+        covered = np.zeros(image.shape[:2], dtype=bool)
+        for x1, y1, x2, y2 in record.boxes.astype(int):
+            assert image[y1:y2, x1:x2].max(axis=2).mean() > 180
+            covered[y1:y2, x1:x2] = True
+        assert image[~covered].mean() < 45
+
+
+def test_all_and_none_read_everything(voc_folder: FolderFactory) -> None:
+    root = voc_folder(images=5)
+    assert len(open_dataset(root)) == len(open_dataset(root, "all")) == 5
+
+
+def test_pictures_without_objects_are_valid(
+    voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory
+) -> None:
+    for make in (voc_folder, coco_folder, yolo_folder):
+        dataset = open_dataset(make(), "val")
+        empty = dataset[1]  # scene 3
+        assert empty.boxes.shape == (0, 4)
+        assert empty.labels.shape == empty.difficult.shape == empty.crowd.shape == empty.areas.shape == (0,)
+        assert empty.labels.dtype == np.int64
+        assert not dataset.problems
+
+
+def test_subset(voc_folder: FolderFactory) -> None:
+    dataset = open_dataset(voc_folder())
+    part = dataset.subset([4, 1])
+    assert [record.image_id for record in part.records] == ["000004", "000001"]
+    assert part.class_names == dataset.class_names
+    assert len(dataset) == 6
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder") as caught:
+        open_dataset(tmp_path / "gone")
+    assert str(tmp_path / "gone") in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_folder_without_a_known_layout(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a data set: found neither"):
+        open_dataset(tmp_path)
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(UsageError, match=r"no data\.yaml"):
+        open_dataset(tmp_path)
+
+
+def test_file_that_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_text("")
+    with pytest.raises(UsageError, match="a data set is a folder"):
+        open_dataset(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("names", [[], ["cat", "cat"]])
+def test_bad_class_names(voc_folder: FolderFactory, names: list[str]) -> None:
+    with pytest.raises(UsageError, match="class names must be different"):
+        open_dataset(voc_folder(), class_names=names)
+
+
+def test_splits_are_listed(voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory) -> None:
+    assert list_splits(voc_folder()) == ("test", "train", "trainval", "val")
+    assert list_splits(coco_folder()) == ("train", "val")
+    assert list_splits(yolo_folder()) == ("train", "val")
+
+
+def test_unknown_split_lists_the_known_ones(
+    voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory
+) -> None:
+    for make in (voc_folder, coco_folder, yolo_folder):
+        with pytest.raises(UsageError, match=r"no split 'dev'; available: .*train, .*val") as caught:
+            open_dataset(make(), "dev")
+        assert "\n" not in str(caught.value)
+
+
+def build(boxes: list[list[float]], min_side: float = 0.0, tolerance: float = 0.0) -> tuple[Record, list[Problem]]:
+    log = ProblemLog(strict=True)
+    record = build_record(
+        image_path=Path("a.jpg"),
+        image_id="a",
+        size=(100, 50),
+        boxes=boxes,
+        labels=list(range(len(boxes))),
+        annotation_path=Path("a.xml"),
+        describe=lambda index: f"object {index}",
+        log=log,
+        min_side=min_side,
+        tolerance=tolerance,
+    )
+    return record, log.problems
+
+
+def test_boxes_are_clipped_and_dropped_with_a_word() -> None:
+    record, problems = build(
+        [
+            [0, 0, 100, 50],  # fine
+            [-3, 10, 20, 60],  # clipped
+            [100, 0, 120, 20],  # outside
+            [5, 5, 5, 9],  # no width
+            [30, 30, 20, 40],  # swapped
+            [10.25, 10.5, 20.75, 20],  # fine, kept as it is
+        ]
+    )
+    np.testing.assert_array_equal(
+        record.boxes, np.array([[0, 0, 100, 50], [0, 10, 20, 50], [10.25, 10.5, 20.75, 20]], dtype=np.float32)
+    )
+    assert record.labels.tolist() == [0, 1, 5]
+    np.testing.assert_allclose(record.areas, [5000, 800, 10.5 * 9.5])
+    assert [problem.message for problem in problems] == [
+        "object 1 reaches outside the 100x50 image; clipped",
+        "object 2 lies outside the 100x50 image; dropped",
+        "object 3 has no area; dropped",
+        "object 4 has no area (its corners are swapped); dropped",
+    ]
+    assert not any(problem.fatal for problem in problems)
+
+
+def test_rounding_is_forgiven_silently() -> None:
+    record, problems = build([[-0.3, 0, 100.4, 50]], tolerance=0.5)
+    assert record.boxes.tolist() == [[0, 0, 100, 50]]
+    assert not problems
+
+
+def test_a_side_that_vanishes_in_float32_is_no_area() -> None:
+    record, problems = build([[90.0, 5, 90.0 + 1e-9, 9]])
+    assert len(record.boxes) == 0
+    assert "dropped" in problems[0].message
+
+
+def test_problems_read_as_one_line() -> None:
+    assert str(Problem(Path("a.xml"), "is cut", fatal=True)) == "a.xml: is cut"
+
+
+def test_a_data_set_of_leftovers_only_is_empty(voc_folder: FolderFactory) -> None:
+    """Images without any annotation are no data in strict mode, and problems in lenient mode."""
+    root = voc_folder(images=2)
+    for file in (root / "Annotations").iterdir():
+        file.unlink()
+    with pytest.raises(UsageError, match="has no images"):
+        open_dataset(root)
+    lenient: DetectionDataset = open_dataset(root, strict=False)
+    assert len(lenient) == 0
+    assert len(lenient.problems) == 2

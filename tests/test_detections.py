@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refinedet.detections import Detections
+from refinedet.errors import UsageError
+
+NAMES = ("cat", "dog", "bird")
+
+
+def some(**changes: object) -> Detections:
+    values: dict[str, object] = {
+        "boxes": [[10, 20, 110, 220], [0, 0, 50.5, 60.25], [5, 5, 6, 6]],
+        "scores": [0.9, 0.5, 0.1],
+        "labels": [1, 0, 1],
+        "class_names": NAMES,
+        "image_size": (640, 480),
+        "source": "a.jpg",
+    }
+    return Detections(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_arrays_have_the_promised_types_and_are_copies() -> None:
+    boxes = np.array([[1, 2, 3, 4]], dtype=np.float32)
+    found = some(boxes=boxes, scores=[1], labels=[2])
+    assert (found.boxes.dtype, found.scores.dtype, found.labels.dtype) == (np.float32, np.float32, np.int64)
+    assert found.boxes.shape == (1, 4)
+    boxes[:] = 0
+    assert found.boxes[0].tolist() == [1, 2, 3, 4]
+    assert found.names == ["bird"]
+
+
+def test_empty() -> None:
+    nothing = Detections.empty(NAMES, (640, 480))
+    assert len(nothing) == 0
+    assert nothing.boxes.shape == (0, 4)
+    assert nothing.names == []
+    assert nothing.to_coco(1) == []
+    assert nothing.table() == "nothing found"
+    assert len(nothing.filter(threshold=0.5, top=3)) == 0
+    assert len(some(boxes=[], scores=[], labels=[])) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": [0.5]}, "3 boxes, 1 scores, 3 labels"),
+        ({"labels": [0, 1, 3]}, "labels must lie in 0..2"),
+        ({"labels": [0, 1, -1]}, "labels must lie in 0..2"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        some(**changes)
+
+
+def test_filter() -> None:
+    found = some()
+    assert found.filter(threshold=0.5).scores.tolist() == [np.float32(0.9), 0.5]
+    assert found.filter(labels=["dog"]).names == ["dog", "dog"]
+    assert found.filter(labels=[0, "dog"], top=2).names == ["dog", "cat"]
+    assert len(found.filter(labels=[])) == 0
+    assert len(found.filter(top=0)) == 0
+    assert len(found.filter()) == 3
+    assert found.filter(top=1).source == "a.jpg"
+    assert some(scores=[0.1, 0.5, 0.9]).filter(top=2).names == ["cat", "dog"]  # order kept, best kept
+
+
+def test_threshold_keeps_equal_float32_scores() -> None:
+    assert len(some(scores=[0.4, 0.3, 0.2]).filter(threshold=0.4)) == 1
+
+
+def test_filter_refuses_unknown_classes() -> None:
+    with pytest.raises(UsageError, match="unknown class 'dgo': did you mean 'dog'"):
+        some().filter(labels=["dgo"])
+    with pytest.raises(UsageError, match="unknown class 3: labels go from 0 to 2"):
+        some().filter(labels=[3])
+    with pytest.raises(UsageError, match="top must not be negative"):
+        some().filter(top=-1)
+
+
+def test_coco_form() -> None:
+    first, second, _ = some().to_coco(7)
+    assert first == {"image_id": 7, "category_id": 1, "bbox": [10.0, 20.0, 100.0, 200.0], "score": 0.9}
+    assert second["bbox"] == [0.0, 0.0, 50.5, 60.25]
+    assert [one["category_id"] for one in some().to_coco(7, category_ids=(3, 18, 90))] == [18, 3, 18]
+    with pytest.raises(UsageError, match="2 category ids for 3 classes"):
+        some().to_coco(7, category_ids=(3, 18))
+
+
+@given(st.floats(0, 1, width=32), st.lists(st.floats(0, 1000, width=32), min_size=4, max_size=4))
+def test_json_is_lossless(score: float, box: list[float]) -> None:
+    found = Detections([box], [score], [0], NAMES, (10, 10))  # type: ignore[arg-type]
+    values = json.loads(json.dumps(found.to_dict()))["detections"][0]
+    assert np.float32(values["score"]) == found.scores[0]
+    assert np.array(values["box"], np.float32).tolist() == found.boxes[0].tolist()
+
+
+def test_dict_and_table() -> None:
+    values = some().to_dict()
+    assert (values["source"], values["width"], values["height"]) == ("a.jpg", 640, 480)
+    assert values["detections"][0] == {"label": 1, "name": "dog", "score": 0.9, "box": [10.0, 20.0, 110.0, 220.0]}
+    lines = some().table().splitlines()
+    assert len(lines) == 4
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1].split() == ["dog", "0.900", "10.0", "20.0", "110.0", "220.0"]
+    assert repr(some()) == "Detections(2 dog, 1 cat in a.jpg of 640x480)"
+
+
+def test_draw_returns_a_copy() -> None:
+    image = np.zeros((480, 640, 3), np.uint8)
+    drawn = some().draw(image)
+    assert drawn.shape == image.shape
+    assert drawn.any()
+    assert not image.any()
+
+
+def test_supervision_absent_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UsageError, match=r"pip install 'refinedet\[supervision\]'"):
+        some().to_supervision()
+
+
+def test_supervision() -> None:
+    supervision = pytest.importorskip("supervision")
+    found = some().to_supervision()
+    assert isinstance(found, supervision.Detections)
+    assert found.xyxy.shape == (3, 4)
+    assert list(found.data["class_name"]) == ["dog", "cat", "dog"]

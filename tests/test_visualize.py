@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.visualize import class_color, draw_boxes, mosaic, plot_curves
+
+NAMES = ("cat", "a class with quite a long name")
+
+
+def blank(width: int, height: int) -> np.ndarray:
+    return np.zeros((height, width, 3), np.uint8)
+
+
+def test_colors_are_distinct_and_stable() -> None:
+    colors = [class_color(label) for label in range(80)]
+    assert len(set(colors)) == 80
+    near = min(sum(abs(a - b) for a, b in zip(one, two, strict=True)) for one, two in itertools.pairwise(colors))
+    assert near > 100
+    assert class_color(3) == class_color(3)
+
+
+def test_box_lies_where_it_should() -> None:
+    image = blank(300, 200)
+    drawn = draw_boxes(image, [[50, 60, 150, 160]], [0], NAMES)
+    color = class_color(0)
+    for x, y in ((50, 110), (149, 110), (100, 60), (100, 159)):
+        assert tuple(drawn[y, x]) == color
+    for x, y in ((100, 110), (49, 110), (150, 110), (100, 160)):
+        assert tuple(drawn[y, x]) == (0, 0, 0)
+    assert not image.any()
+
+
+def test_label_is_drawn_and_stays_inside() -> None:
+    for box in ([0, 0, 300, 200], [280, 0, 300, 10], [290, 190, 300, 200], [0, 190, 10, 200]):
+        with_label = draw_boxes(blank(300, 200), [box], [1], NAMES, [0.875])
+        filled = (with_label == class_color(1)).all(axis=2).sum()
+        assert filled > 600  # the ground of the label, more than the outline of the small boxes
+
+
+def test_lines_grow_with_the_image() -> None:
+    def thickness(side: int) -> int:
+        drawn = draw_boxes(blank(side, side), [[side // 4, side // 4, side // 2, side // 2]], [0], NAMES)
+        return int(drawn[side * 3 // 8, : side * 3 // 8].any(axis=1).sum())
+
+    assert thickness(200) < thickness(1000) < thickness(3000)
+
+
+def test_labels_of_stacked_boxes_do_not_hide_each_other() -> None:
+    drawn = draw_boxes(blank(400, 300), [[100, 100, 300, 250]] * 2, [0, 1], NAMES)
+    one = (drawn == class_color(0)).all(axis=2).sum()
+    two = (drawn == class_color(1)).all(axis=2).sum()
+    assert min(one, two) > 300
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.lists(st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), min_size=4, max_size=4), max_size=5),
+)
+def test_no_box_and_no_size_breaks_it(width: int, height: int, boxes: list[list[float]]) -> None:
+    drawn = draw_boxes(blank(width, height), boxes, [i % 3 for i in range(len(boxes))], NAMES, [0.5] * len(boxes))
+    assert drawn.shape == (height, width, 3)
+    assert drawn.dtype == np.uint8
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(UsageError, match="must be"):
+        draw_boxes(np.zeros((5, 5), np.uint8), [], [], NAMES)
+    with pytest.raises(UsageError, match="must be"):
+        draw_boxes(np.zeros((5, 5, 3), np.float32), [], [], NAMES)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="1 boxes, 2 labels"):
+        draw_boxes(blank(5, 5), [[0, 0, 1, 1]], [0, 1], NAMES)
+    with pytest.raises(UsageError, match="at least one image"):
+        mosaic([])
+    with pytest.raises(UsageError, match="at least one column"):
+        mosaic([blank(5, 5)], 0)
+
+
+def test_mosaic_shows_every_image_in_proportion() -> None:
+    red, green, blue = (np.full((h, w, 3), c, np.uint8) for h, w, c in
+                        ((40, 80, (255, 0, 0)), (90, 30, (0, 255, 0)), (500, 500, (0, 0, 255))))  # fmt: skip
+    sheet = mosaic([red, green, blue], 2, cell=60)
+    assert sheet.shape == (2 * 62 + 2, 2 * 62 + 2, 3)
+    areas = [int((sheet == color).all(axis=2).sum()) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    assert areas == [60 * 30, 20 * 60, 60 * 60]
+    assert mosaic([red], cell=10).shape == (14, 14, 3)
+
+
+def test_curves(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("iteration,loss,learning_rate,mAP\n1,3.5,0.1,\n2,2.5,0.1,0.25\n3,nan,0.01,\n")
+    plot_curves(metrics, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 500
+    with pytest.raises(RefineDetError, match="cannot be written"):
+        plot_curves(metrics, tmp_path / "absent" / "curves.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("", "not a table"),
+        ("iteration,loss\n1,abc\n", "not a table"),
+        ("iteration,loss\nx,1\n", "not a table"),
+        ("iteration,seconds\n1,2\n", "no losses"),
+    ],
+)
+def test_curves_of_a_bad_file(content: str | None, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    metrics = tmp_path / "metrics.csv"
+    if content is not None:
+        metrics.write_text(content)
+    with pytest.raises(RefineDetError, match=rf"metrics\.csv: .*{message}"):
+        plot_curves(metrics, tmp_path / "curves.png")
+
+
+def test_curves_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r"pip install 'refinedet\[report\]'"):
+        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
