@@ -141,11 +141,10 @@ def test_as_a_module() -> None:
 
 
 def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    assert all(f"\n  {verb} " in capsys.readouterr().out or True for verb in VERBS)
-    assert cli.main([]) == 2
-    overview = capsys.readouterr().out
-    assert all(f"\n  {verb} " in overview for verb in VERBS)
+    for arguments, code in ((["--help"], 0), ([], 2)):
+        assert cli.main(arguments) == code
+        overview = capsys.readouterr().out
+        assert all(f"\n  {verb} " in overview for verb in VERBS)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"refinedet {refinedet.__version__}\n"
     assert "known: train" in refused(capsys, ["zzz"])
@@ -215,15 +214,16 @@ def test_train_passes_everything_on(
     weights.touch()
     command = (
         f"train voc07-320-resnet18 --data a b --out {tmp_path}/run --iterations 100 --batch-size 8 --ema-decay None "
-        f"--precision fp32 --milestones 5 6 --no-channels-last --augment.flip-probability 0 --loss.arm-positive-iou 0.6 "
-        f"--augment.interpolations linear area --model.image-size 512 320 --model.inference.nms-iou 0.5 "
-        f"--init-weights {weights} --class-names cat,dog --device cpu"
+        f"--precision fp32 --milestones 5 6 --no-channels-last --augment.flip-probability 0 "
+        f"--augment.interpolations linear area --loss.arm-positive-iou 0.6 --model.image-size 512 320 "
+        f"--model.inference.nms-iou 0.5 --init-weights {weights} --class-names cat,dog --device cpu"
     )
     assert cli.main(command.split()) == 0
     ((preset, data, rest),) = trainer
     assert data == ["a", "b"]
     assert rest == {
-        "out": tmp_path / "run", "backbone_weights": weights, "class_names": ("cat", "dog"), "device": "cpu"
+        "out": tmp_path / "run", "backbone_weights": weights, "class_names": ("cat", "dog"), "device": "cpu",
+        "init": None,
     }  # fmt: skip
     assert (preset.train.iterations, preset.train.batch_size, preset.train.ema_decay) == (100, 8, None)
     assert (preset.train.precision, preset.train.milestones, preset.train.channels_last) == ("fp32", (5, 6), False)
@@ -240,11 +240,17 @@ def test_train_passes_everything_on(
 @pytest.mark.parametrize("name", PRESETS)
 def test_train_defaults_are_those_of_the_preset(name: str, trainer: list[Any]) -> None:
     assert cli.main(["train", name, "--data", "a"]) == 0
-    preset, data, rest = trainer[0]
+    preset, _, rest = trainer[0]
     assert preset == PRESETS[name]
     assert rest["out"] == Path("runs") / name
     assert rest["backbone_weights"] == "torchvision"
     assert rest["class_names"] is None
+    assert rest["init"] is None
+
+
+def test_train_from_a_detector(trainer: list[Any]) -> None:
+    assert cli.main(["train", "smoke", "--data", "a", "--init", "voc07-320-resnet18"]) == 0
+    assert trainer[0][2]["init"] == "voc07-320-resnet18"
 
 
 def test_train_resume(trainer: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,6 +283,7 @@ def test_only_the_first_process_talks(
         ("train smoke --data a --model.image-size 321 320", "image_size must be two multiples of 64, not (321, 320)"),
         ("train smoke --data a --model.backbone vgg17", "'vgg16', 'resnet18'"),
         ("train smoke --data a --init-weights nope.bin", "nope.bin: no such file"),
+        ("train smoke --data a --init b --init-weights random", "give one of them"),
         ("train smoke --data a --class-names cat,,dog", "different names separated by commas"),
         ("train smoke --data a --class-names cat,cat", "different names separated by commas"),
     ],
@@ -411,6 +418,33 @@ def test_full_disk_keeps_the_previous_json(
     assert result.read_text() == "earlier"
 
 
+@pytest.mark.parametrize(
+    "framed",
+    [
+        """
+        ╭─ Unrecognized options ──────────────────────────╮
+        │ Unrecognized options: --iterationz, and         │
+        │ --x--y                                          │
+        │ ─────────────────────────────────────────────── │
+        │ Perhaps you meant:                              │
+        │     --iterations INT                            │
+        ╰─────────────────────────────────────────────────╯
+        """,
+        """
+         Unrecognized options
+         -----------------------------------------------
+          Unrecognized options: --iterationz, and
+          --x--y
+          ----------------------------------------------
+          Perhaps you meant:
+              --iterations INT
+        """,
+    ],
+)
+def test_framed_refusals_become_one_line(framed: str) -> None:
+    assert cli._unframed(framed) == "Unrecognized options: --iterationz, and --x--y (did you mean --iterations?)"
+
+
 # evaluate, inspect, models -------------------------------------------------------------------------------------------
 
 
@@ -476,8 +510,8 @@ def test_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     monkeypatch.setattr(refinedet.weights, "_HERE", tmp_path)
     assert cli.main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.split() == "good mAP 37.1 on VOC 2007 val".split() for line in lines)
-    assert any(line.split() == "bare accuracy not measured".split() for line in lines)
+    assert any(line.split(maxsplit=1) == ["good", "mAP 37.1 on VOC 2007 val"] for line in lines)
+    assert any(line.split(maxsplit=1) == ["bare", "accuracy not measured"] for line in lines)
     for name, preset in PRESETS.items():
         assert any(line.strip().startswith(name) and line.endswith(preset.summary) for line in lines)
 

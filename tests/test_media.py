@@ -176,7 +176,7 @@ def test_truncated(tmp_path: Path, name: str, share: float) -> None:
     Image.fromarray(noise).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(RefineDetError, match="image is truncated|damaged|not an image") as caught:
+    with pytest.raises(RefineDetError, match=r"image is truncated|damaged|not an image") as caught:
         read_image(path)
     assert_one_line(caught.value, path)
     if name == "a.jpg":

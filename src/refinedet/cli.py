@@ -61,6 +61,8 @@ class TrainCall:
     """Continue the training of this run folder; goes with no other flag but --device."""
     init_weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = "torchvision"
     """ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download, or 'random'."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="WEIGHTS")] = None
+    """A detector to start from instead: a model in the box, a run folder, a folder of weights, or a hub id."""
     class_names: Annotated[str | None, tyro.conf.arg(metavar="A,B,...")] = None
     """Names separated by commas, in the order of their labels (default: those of the data)."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
@@ -237,17 +239,18 @@ def _parse(kind: type[CallT], verb: str, arguments: list[str], default: CallT | 
 
 
 def _unframed(text: str) -> str:
-    """What a framed message of several sections says first, and the flag that it suggests."""
+    """What a framed message of several sections says first, and the flag that it suggests.
+
+    The first line is a title. The frame is drawn with line characters, or with dashes where the terminal has none.
+    """
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│╭╮╰╯ \t") for line in text.splitlines()]
     body = [line for line in lines if line]
     sentence: list[str] = []
-    for line in body:
-        # The top of the frame carries a title between rules; a line of nothing but rule ends the first section.
-        if line.startswith("─"):
-            if sentence:
-                break
-            continue
-        sentence.append(line)
+    for line in body[1:]:
+        if not re.fullmatch(r"[─-]{3,}", line):
+            sentence.append(line)
+        elif sentence:
+            break
     message = _one_line(" ".join(sentence)).rstrip(".") or "the arguments were not understood"
     suggested = [later for line, later in itertools.pairwise(body) if line.lower().startswith("perhaps you meant")]
     return message + (f" (did you mean {suggested[0].split()[0].rstrip(',')}?)" if suggested else "")
@@ -273,6 +276,8 @@ def _train(arguments: list[str]) -> int:
         weights = Path(weights).expanduser()
         if not weights.is_file():
             raise UsageError(f"{weights}: no such file; --init-weights takes a file, 'torchvision' or 'random'")
+    if call.init is not None and call.init_weights != "torchvision":
+        raise UsageError("--init starts from a whole detector, --init-weights from a backbone: give one of them")
     chosen = Preset(model=call.model, train=call.train, summary=preset.summary)
     out = Path("runs") / named if call.out is None else call.out.expanduser()
 
@@ -285,6 +290,7 @@ def _train(arguments: list[str]) -> int:
         backbone_weights=weights,
         class_names=_names(call.class_names),
         device=call.device,
+        init=call.init,
     )
     return _trained(out)
 

@@ -250,7 +250,7 @@ def plot_curves(metrics: Path, picture: Path) -> None:
         raise UsageError("curves need matplotlib: pip install 'refinedet[report]'") from None
     curves = _read_curves(metrics)
     panels = [
-        ("loss", [name for name in curves if "loss" in name or name.startswith(("arm_", "odm_"))]),
+        ("loss", [name for name in curves if "loss" in name or name == "total" or name.startswith(("arm_", "odm_"))]),
         ("mAP", [name for name in curves if "AP" in name]),
         ("learning rate", [name for name in curves if "learning_rate" in name]),
     ]

@@ -85,7 +85,7 @@ def test_given_classes_decide_the_labels(root: Path) -> None:
 
 
 def test_unknown_class(root: Path) -> None:
-    with pytest.raises(RefineDetError, match="annotation 1000: class 'cat' is not in the list .* is 'cart'") as caught:
+    with pytest.raises(RefineDetError, match=r"annotation 1000: class 'cat' is not in the list .* is 'cart'") as caught:
         open_dataset(root, "train", ["dog", "cart"])
     assert str(json_of(root)) in str(caught.value)
 
@@ -184,7 +184,7 @@ def test_splits_that_clash_cannot_be_joined(roboflow: Path) -> None:
 
 def test_missing_image(root: Path) -> None:
     (root / "train/000002.jpg").unlink()
-    with pytest.raises(RefineDetError, match="image is missing, but .* lists it") as caught:
+    with pytest.raises(RefineDetError, match=r"image is missing, but .* lists it") as caught:
         open_dataset(root, "train")
     assert str(root / "train/000002.jpg") in str(caught.value)
     assert str(json_of(root)) in str(caught.value)
@@ -195,7 +195,7 @@ def test_missing_image(root: Path) -> None:
 
 def test_folder_of_images_missing(root: Path) -> None:
     shutil.rmtree(root / "train")
-    with pytest.raises(RefineDetError, match="000000.jpg: image is missing"):
+    with pytest.raises(RefineDetError, match=r"000000.jpg: image is missing"):
         open_dataset(root, "train")
 
 
@@ -203,7 +203,7 @@ def test_folder_of_images_missing(root: Path) -> None:
 def test_invalid_json(root: Path, content: str) -> None:
     json_of(root).write_text(content)
     for strict in (True, False):
-        with pytest.raises(RefineDetError, match="not valid JSON|nested too deeply") as caught:
+        with pytest.raises(RefineDetError, match=r"not valid JSON|nested too deeply") as caught:
             open_dataset(root, "train", strict=strict)
         assert str(caught.value).startswith(str(json_of(root)))
         assert "\n" not in str(caught.value)
@@ -247,7 +247,7 @@ def test_box_that_is_no_box(root: Path, box: object) -> None:
 
 def test_category_twice(root: Path) -> None:
     edit(json_of(root), lambda document: document["categories"].append({"id": 9, "name": "cat"}))
-    with pytest.raises(RefineDetError, match="category 9 .'cat'. is listed twice"):
+    with pytest.raises(RefineDetError, match=r"category 9 .'cat'. is listed twice"):
         open_dataset(root, "train")
 
 

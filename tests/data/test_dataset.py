@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refinedet.data import DetectionDataset, Problem, detect_layout, list_splits, open_dataset
+from refinedet.data import Problem, detect_layout, list_splits, open_dataset
 from refinedet.data.dataset import ProblemLog, Record, build_record
 from refinedet.errors import UsageError
 
@@ -187,13 +187,10 @@ def test_problems_read_as_one_line() -> None:
     assert str(Problem(Path("a.xml"), "is cut", fatal=True)) == "a.xml: is cut"
 
 
-def test_a_data_set_of_leftovers_only_is_empty(voc_folder: FolderFactory) -> None:
-    """Images without any annotation are no data in strict mode, and problems in lenient mode."""
+@pytest.mark.parametrize("strict", [True, False])
+def test_pictures_without_any_annotation_are_no_data_set(voc_folder: FolderFactory, strict: bool) -> None:
     root = voc_folder(images=2)
     for file in (root / "Annotations").iterdir():
         file.unlink()
     with pytest.raises(UsageError, match="has no images"):
-        open_dataset(root)
-    lenient: DetectionDataset = open_dataset(root, strict=False)
-    assert len(lenient) == 0
-    assert len(lenient.problems) == 2
+        open_dataset(root, strict=strict)

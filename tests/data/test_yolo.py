@@ -52,7 +52,8 @@ def test_centre_and_size_become_edges(root: Path) -> None:
 def test_polygon_becomes_its_bounding_box(root: Path) -> None:
     labels_of(root).write_text("0 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5\n1 0.1 0.5 0.2 1 0.3 0.5\n")
     record = open_dataset(root, "train")[0]
-    np.testing.assert_allclose(record.boxes, [[24, 16, 72, 48], [9.6, 32, 28.8, 64]], rtol=1e-6)
+    expected = np.array([[24, 16, 72, 48], [9.6, 32, 28.8, 64]])
+    np.testing.assert_allclose(record.boxes, expected, rtol=1e-6)
 
 
 def test_rounded_numbers_at_the_edge_are_fine(root: Path) -> None:
@@ -71,7 +72,8 @@ def test_picture_without_label_file_has_no_objects(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", ["names: [cat, dog]", "names:\n  0: cat\n  1: dog", "nc: 2\nnames:\n  - cat\n  - dog", "names: {1: dog, 0: cat}"]
+    "names",
+    ["names: [cat, dog]", "names:\n  0: cat\n  1: dog", "nc: 2\nnames:\n  - cat\n  - dog", "names: {1: dog, 0: cat}"],
 )
 def test_forms_of_names(root: Path, names: str) -> None:
     yaml(root, f"train: images/train\nval: images/val\n{names}\n")
@@ -161,7 +163,7 @@ def test_given_classes_translate_the_numbers(root: Path) -> None:
 
 def test_unknown_class(root: Path) -> None:
     labels_of(root).write_text("1 0.5 0.5 1 1\n0 0.5 0.5 1 1\n")
-    with pytest.raises(RefineDetError, match="line 2: class 'cat' is not in the list of classes; .* 'cats'") as caught:
+    with pytest.raises(RefineDetError, match=r"line 2: class 'cat' is not in the list of classes; .* 'cats'") as caught:
         open_dataset(root, "train", ["cats", "dog"])
     assert str(labels_of(root)) in str(caught.value)
 
@@ -200,7 +202,7 @@ def test_box_without_area_and_box_outside(root: Path) -> None:
 
 def test_all_labels_lost(root: Path) -> None:
     shutil.rmtree(root / "labels")
-    with pytest.raises(RefineDetError, match="none of its images has labels; expected them in .*labels/train"):
+    with pytest.raises(RefineDetError, match=r"none of its images has labels; expected them in .*labels/train"):
         open_dataset(root, "train")
 
 
@@ -232,7 +234,7 @@ def test_list_names_a_missing_picture(root: Path) -> None:
 @pytest.mark.parametrize("text", ["a: [", "\x00", "just text", "- 1\n- 2", ""])
 def test_yaml_that_cannot_be_used(root: Path, text: str) -> None:
     yaml(root, text)
-    with pytest.raises(RefineDetError, match="not valid YAML|not a YOLO data.yaml") as caught:
+    with pytest.raises(RefineDetError, match=r"not valid YAML|not a YOLO data.yaml") as caught:
         open_dataset(root, "train")
     assert str(root / "data.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -58,7 +58,8 @@ class Problem:
     message: str
     """One line without the path."""
     fatal: bool
-    """True: the picture was left out. False: a box was dropped or clipped, or a missing value was filled in."""
+    """True: training and evaluation refuse it, lenient reading left the file out. False: a box was dropped or clipped,
+    a missing value filled in, or a picture without annotation passed over."""
 
     def __str__(self) -> str:
         """``path: message``."""
@@ -131,15 +132,11 @@ class ProblemLog:
         """Remember something that was repaired."""
         self.problems.append(Problem(path, message, fatal=False))
 
-    def leave_out(self, path: Path, message: str) -> None:
-        """Remember a file that is left out even by strict reading."""
-        self.problems.append(Problem(path, message, fatal=True))
-
     def fatal(self, error: FaultyFileError) -> None:
         """Raise ``error`` (strict) or remember it (lenient)."""
         if self.strict:
             raise error
-        self.leave_out(error.path, error.reason)
+        self.problems.append(Problem(error.path, error.reason, fatal=True))
 
 
 def open_dataset(
@@ -176,7 +173,7 @@ def open_dataset(
     log = ProblemLog(strict=strict)
     dataset = reader(root, None if split == "all" else split, class_names, log)
     dataset.problems = log.problems
-    if not dataset.records and (strict or not any(problem.fatal for problem in log.problems)):
+    if not dataset.records and not any(problem.fatal for problem in log.problems):
         where = f"split '{split}'" if split is not None else "this data set"
         raise UsageError(f"{root}: {where} has no images")
     return dataset

@@ -126,9 +126,10 @@ class HealthReport:
         tiles = []
         for position in sorted(chosen):
             record = self.dataset.records[usable[position]]
-            image, boxes = _shrink(self.dataset.load_image(usable[position]), record.boxes)
+            # Resized before drawing, so that lines and names come out sharp.
+            image, boxes = _fit(self.dataset.load_image(usable[position]), record.boxes)
             tiles.append(visualize.draw_boxes(image, boxes, record.labels, self.dataset.class_names))
-        sheet = visualize.mosaic(tiles, columns)
+        sheet = visualize.mosaic(tiles, columns, cell=_MOSAIC_SIDE)
         try:
             Image.fromarray(sheet).save(path)
         except (OSError, ValueError) as error:
@@ -215,13 +216,11 @@ def _count_classes(dataset: DetectionDataset) -> tuple[ClassCount, ...]:
     )
 
 
-def _shrink(
+def _fit(
     image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     height, width = image.shape[:2]
-    scale = min(1.0, _MOSAIC_SIDE / max(height, width))
-    if scale == 1.0:
-        return image, boxes
+    scale = _MOSAIC_SIDE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
     factors = np.array([size[0] / width, size[1] / height] * 2, dtype=np.float32)

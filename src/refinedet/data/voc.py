@@ -67,10 +67,16 @@ class VocFolder:
     sets: Path
 
     @property
+    def is_year(self) -> bool:
+        """Whether it is called VOC2007 or the like."""
+        name = self.root.resolve().name
+        return name[:3].upper() == "VOC" and name[3:].isdigit()
+
+    @property
     def year(self) -> str:
         """The digits of VOC2007 and the like, else the folder's name."""
         name = self.root.resolve().name
-        return name[3:] if name[:3].upper() == "VOC" and name[3:].isdigit() else name
+        return name[3:] if self.is_year else name
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,8 @@ def list_splits(path: Path) -> tuple[str, ...]:
 def read_voc(path: Path, split: str | None, class_names: Sequence[str] | None, log: ProblemLog) -> DetectionDataset:
     """Read a VOCdevkit or a VOC folder.
 
-    Without ``class_names`` the classes are those of all annotations of all folders, so that the splits agree: the
-    20 of VOC if there are no others, else the names in alphabetical order.
+    Without ``class_names`` the classes are those of all annotations of all folders in alphabetical order, so that the
+    splits agree; for folders called VOC2007 and the like they are the 20 of VOC if there are no others.
 
     Args:
         path: a folder for which ``find_folders`` finds something.
@@ -139,7 +145,9 @@ def read_voc(path: Path, split: str | None, class_names: Sequence[str] | None, l
                 parsed[annotation_path] = None
     if class_names is None:
         names = {item.name for annotation in parsed.values() if annotation for item in annotation.objects}
-        classes = VOC_CLASSES if names and names.issubset(VOC_CLASSES) else tuple(sorted(names))
+        # A year of VOC that is here only in part still has all of VOC's classes; a folder of one's own has what it has.
+        of_voc = bool(names) and names.issubset(VOC_CLASSES) and all(folder.is_year for folder in folders)
+        classes = VOC_CLASSES if of_voc else tuple(sorted(names))
     else:
         classes = tuple(class_names)
     label_of = {name: label for label, name in enumerate(classes)}
@@ -172,7 +180,7 @@ def read_voc(path: Path, split: str | None, class_names: Sequence[str] | None, l
             for stem in sorted(images.keys() - set(stems)):
                 for name in images[stem]:
                     if folder.images / name not in used:
-                        log.leave_out(folder.images / name, "image has no annotation; left out")
+                        log.note(folder.images / name, "image has no annotation; left out")
     return DetectionDataset(records, classes, "voc", split, path)
 
 

@@ -83,7 +83,7 @@ def train(
         data: one or several folders in VOC, COCO or YOLO layout; several are joined and must have the same classes.
         out: run folder; must not hold a run yet.
         backbone_weights: ImageNet weights of the backbone in torchvision's layout (.safetensors, or .pth read with
-            weights_only), or "random". None lets torchvision download them.
+            weights_only), or "random". "torchvision" (or None) lets torchvision download them.
         class_names: in label order; by default they come from the data.
         device: "cpu", "cuda" or "auto".
         init: a model to start from instead of ImageNet weights (see ``RefineDet.from_pretrained``); layers that
@@ -156,9 +156,13 @@ def open_joined(paths: Sequence[str | Path], split: str, class_names: Sequence[s
             )
     if len(parts) == 1:
         return first
+    records = [record for part in parts for record in part.records]
+    if len({record.image_id for record in records}) < len(records):
+        # Two data sets may number their pictures alike; an evaluation tells pictures apart by their ids.
+        records = [dataclasses.replace(record, image_id=f"{n}:{record.image_id}") for n, record in enumerate(records)]
     return dataclasses.replace(
         first,
-        records=[record for part in parts for record in part.records],
+        records=records,
         problems=[problem for part in parts for problem in part.problems],
     )
 
@@ -178,7 +182,7 @@ def _initialise(model: RefineDet, backbone_weights: str | Path | None, init: str
         return str(init)
     if backbone_weights == "random":
         return "random"
-    if backbone_weights is None:
+    if backbone_weights is None or backbone_weights == "torchvision":
         model.network.backbone.load_imagenet(torchvision_state(model.config.backbone), "torchvision")
         return "torchvision"
     path = Path(backbone_weights).expanduser()
@@ -213,6 +217,12 @@ class _Trainer:
             raise UsageError(
                 f"batch_size {settings.batch_size} does not divide into {settings.accumulation_steps} accumulation "
                 f"steps on {world.size} processes"
+            )
+        sides = [*model.config.image_size, *(side for _, side in settings.size_schedule)]
+        per_pass = settings.batch_size // (settings.accumulation_steps * world.size)
+        if per_pass == 1 and min(sides) == 64 and any(isinstance(m, nn.BatchNorm2d) for m in model.network.modules()):
+            raise UsageError(
+                "batch normalisation needs more than one picture of side 64: raise --batch-size or the size"
             )
         self.folder, self.config, self.world, self.dataset = folder, config, world, dataset
         self.settings: TrainConfig = settings

@@ -1,0 +1,332 @@
+"""The training loop: resuming, the finite guard, run folders, and what goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import FolderFactory
+from refinedet.config import ModelConfig, Preset, TrainConfig
+from refinedet.detector import RefineDet
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.training import trainer
+from refinedet.training.trainer import resume, train
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Sums over threads may be ordered differently from run to run; with one thread they cannot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**changes: Any) -> Preset:
+    model = ModelConfig(
+        backbone="resnet18", num_classes=2, image_size=(64, 64), tcb_channels=8, tcb_batch_norm=True,
+        anchor_sizes=(16, 24, 32, 48),
+    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "iterations": 10,
+        "batch_size": 4,
+        "learning_rate": 0.002,
+        "milestones": (7,),
+        "ema_decay": 0.9,
+        "gradient_clip_norm": 10.0,
+        "workers": 0,
+        "log_every": 3,
+        "save_every": 100,
+        "evaluate_every": 0,
+        "train_split": "train",
+        "evaluate_split": "val",
+        "size_schedule": ((0, 128), (5, 64)),
+    }
+    return Preset(model=model, train=TrainConfig(**{**settings, **changes}), summary="for tests")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, Any] = torch.load(folder / "last.ckpt", weights_only=True)
+    flat = {f"network.{name}": value for name, value in state["network"].items()}
+    flat |= {f"average.{name}": value for name, value in state["average"].items()}
+    flat |= {f"momentum.{index}": value["momentum_buffer"] for index, value in state["optimizer"]["state"].items()}
+    return flat
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as stream:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(stream)]
+
+
+def test_four_and_six_iterations_are_ten_bit_for_bit(
+    voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = voc_folder(images=12)
+    preset = tiny()
+    train(preset, data, out=tmp_path / "whole", backbone_weights="random", device="cpu")
+
+    class PowerCutError(Exception):
+        pass
+
+    update = trainer._Trainer._update
+
+    def stopped_at_four(self: Any, *arguments: Any) -> None:
+        update(self, *arguments)
+        if self.iteration == 4:
+            self._save(None)
+            raise PowerCutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "_update", stopped_at_four)
+        with pytest.raises(PowerCutError):
+            train(preset, data, out=tmp_path / "parts", backbone_weights="random", device="cpu")
+    torch.manual_seed(999)  # whatever happened in between must not matter
+    run = resume(tmp_path / "parts", device="cpu")
+    assert run.report is not None
+
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, parts[name]), name
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert (tmp_path / "whole/last/model.safetensors").read_bytes() == (
+        tmp_path / "parts/last/model.safetensors"
+    ).read_bytes()
+
+
+def test_worker_processes_do_not_change_the_outcome(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    data = voc_folder(images=6)
+    for workers in (0, 2):
+        preset = tiny(iterations=3, workers=workers, evaluate_split="none")
+        train(preset, data, out=tmp_path / str(workers), backbone_weights="random", device="cpu")
+    one, other = tensors(tmp_path / "0"), tensors(tmp_path / "2")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_run_folder_holds_what_is_promised(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    run = train(
+        tiny(iterations=4, evaluate_every=2, log_every=1), voc_folder(), out=tmp_path / "run",
+        backbone_weights="random", device="cpu",
+    )  # fmt: skip
+    for name in ("config.json", "metrics.csv", "last.ckpt", "last/model.safetensors", "last/config.json",
+                 "last/README.md", "best/model.safetensors", "report/report.json"):  # fmt: skip
+        assert (tmp_path / "run" / name).is_file(), name
+    assert not list((tmp_path / "run").rglob(".*")), "files written aside are gone"
+    content = json.loads((tmp_path / "run/last/config.json").read_text())
+    assert content["class_names"] == ["cat", "dog"]
+    assert content["metrics"]["images"] == 3
+    assert content["metrics"]["iteration"] == 4
+    assert run.report is not None
+    assert content["metrics"]["mAP"] == pytest.approx(run.report["mAP"], abs=1e-6)
+    assert [row["iteration"] for row in rows(tmp_path / "run")] == ["1", "2", "3", "4"]
+    # A run folder is a model: its best weights, and the last ones under last/.
+    assert RefineDet.from_pretrained(tmp_path / "run").class_names == ("cat", "dog")
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(tiny(), voc_folder(name="again"), out=tmp_path / "run", backbone_weights="random", device="cpu")
+
+
+def test_what_is_saved_is_the_moving_average(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    run = train(
+        tiny(iterations=3, evaluate_split="none"), voc_folder(), out=tmp_path / "run", backbone_weights="random",
+        device="cpu",
+    )  # fmt: skip
+    state = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    saved = RefineDet.from_pretrained(tmp_path / "run").network.state_dict()
+    name = "odm.0.logits.weight"
+    assert torch.equal(saved[name], state["average"][name])
+    assert not torch.equal(saved[name], state["network"][name])
+    assert torch.equal(run.model.network.state_dict()[name], saved[name])
+
+
+def test_accumulated_steps_are_the_mean_of_their_losses(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    """Two passes of the same four pictures must move the weights exactly as one pass of them."""
+    data = voc_folder(images=1, splits={"train": [0]})
+    frozen = dataclasses.replace(tiny().model, tcb_batch_norm=False, backbone_norm="frozen")
+    results = []
+    for steps in (1, 2):
+        still = dataclasses.replace(tiny().train.augment, photometric=False, expand_probability=0.0, crop=False,
+                                    flip_probability=0.0, interpolations=("linear",))  # fmt: skip
+        preset = tiny(
+            iterations=2, batch_size=4, accumulation_steps=steps, augment=still, evaluate_split="none",
+            gradient_clip_norm=None,
+        )  # fmt: skip
+        out = tmp_path / str(steps)
+        train(dataclasses.replace(preset, model=frozen), data, out=out, backbone_weights="random", device="cpu")
+        results.append(tensors(out))
+    learned = {name for name, _ in RefineDet(frozen).network.named_parameters()}
+    for name, value in results[0].items():
+        # Running variances are corrected for the number of values, which differs; what is learned must not.
+        if name.removeprefix("network.") in learned:
+            torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_pictures(
+    voc_folder: FolderFactory, tmp_path: Path
+) -> None:
+    data = voc_folder(images=12)
+    preset = tiny(learning_rate=1e15, gradient_clip_norm=None, ema_decay=None, save_every=1, evaluate_split="none")
+    with pytest.raises(RefineDetError, match=r"not finite.*Lower --learning-rate.*JPEGImages") as caught:
+        train(preset, data, out=tmp_path / "run", backbone_weights="random", device="cpu")
+    iteration = int(str(caught.value).split("iteration ")[1].split()[0])
+    state = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert state["iteration"] == iteration - 1, "the last saved state is the one before the loss was found bad"
+    assert str(caught.value).count(".jpg") == 4
+
+
+def test_pictures_without_objects_alone_can_be_trained_on(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    data = voc_folder(images=6, splits={"train": [3], "val": [0, 1]})
+    run = train(tiny(iterations=2), data, out=tmp_path / "run", backbone_weights="random", device="cpu")
+    assert all(value == 0 for value in run.losses.values())
+
+
+def test_one_class_and_a_batch_of_one(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    data = voc_folder(images=4, class_names=("widget",))
+    preset = tiny(iterations=3, batch_size=1, size_schedule=())
+    preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, image_size=(128, 128)))
+    run = train(preset, data, out=tmp_path / "run", backbone_weights="random", device="cpu")
+    assert run.model.class_names == ("widget",)
+    assert all(np.isfinite(value) for value in run.losses.values())
+
+
+def test_bf16_and_a_learning_rate_schedule_reach_the_log(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    train(
+        tiny(iterations=4, precision="bf16", log_every=1, warmup_iterations=2, milestones=(3,), evaluate_split="none"),
+        voc_folder(), out=tmp_path / "run", backbone_weights="random", device="cpu",
+    )  # fmt: skip
+    assert [float(row["learning_rate"]) for row in rows(tmp_path / "run")] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-4])
+
+
+def test_start_from_a_model_with_other_classes(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    data = voc_folder(images=4, class_names=("a", "b", "c"), name="three")
+    start = RefineDet(tiny().model, ("cat", "dog"))
+    start.save_pretrained(tmp_path / "start")
+    quiet = {"iterations": 1, "learning_rate": 1e-12, "evaluate_split": "none", "ema_decay": None}
+    train(tiny(**quiet), data, out=tmp_path / "run", init=tmp_path / "start", device="cpu")
+    trained = RefineDet.from_pretrained(tmp_path / "run").network.state_dict()
+    before = start.network.state_dict()
+    torch.testing.assert_close(trained["arm.0.logits.weight"], before["arm.0.logits.weight"])
+    torch.testing.assert_close(trained["odm.2.offsets.weight"], before["odm.2.offsets.weight"])
+    assert trained["odm.0.logits.weight"].shape[0] == 3 * 4
+    assert trained["odm.0.logits.weight"].abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 1}, "batch normalisation needs"),
+        ({"train_split": "nope"}, "nope"),
+        ({"evaluate_split": "train"}, "is the training split"),
+        ({"evaluate_split": "nope"}, "nope"),
+    ],
+)
+def test_wrong_calls_end_in_one_line(
+    voc_folder: FolderFactory, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        train(tiny(**changes), voc_folder(), out=tmp_path / "run", backbone_weights="random", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_backbone_are_refused(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.safetensors")
+    with pytest.raises(RefineDetError, match=r"vgg\.safetensors: no tensor 'conv1\.weight'"):
+        train(tiny(), voc_folder(), out=tmp_path / "run", backbone_weights=tmp_path / "vgg.safetensors")
+    torch.save({"model": Path("x")}, tmp_path / "pickled.pth")
+    with pytest.raises(RefineDetError, match=r"pickled\.pth: not a readable file of tensors"):
+        train(tiny(), voc_folder(name="b"), out=tmp_path / "run2", backbone_weights=tmp_path / "pickled.pth")
+
+
+@pytest.mark.parametrize("damage", ["cut", "pickle", "other"])
+def test_resume_refuses_a_damaged_checkpoint(voc_folder: FolderFactory, tmp_path: Path, damage: str) -> None:
+    train(
+        tiny(iterations=1, evaluate_split="none"), voc_folder(), out=tmp_path / "run", backbone_weights="random",
+        device="cpu",
+    )  # fmt: skip
+    path = tmp_path / "run/last.ckpt"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage == "pickle":
+        torch.save({"iteration": 1, "network": Path("x")}, path)
+    else:
+        torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(RefineDetError, match=r"last\.ckpt: not") as caught:
+        resume(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="no run there"):
+        resume(tmp_path / "nothing")
+
+
+def test_resume_refuses_an_unknown_key_in_its_config(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    train(
+        tiny(iterations=1, evaluate_split="none"), voc_folder(), out=tmp_path / "run", backbone_weights="random",
+        device="cpu",
+    )  # fmt: skip
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text().replace('"momentum"', '"momentun"'))
+    with pytest.raises(RefineDetError, match=r"config\.json.*momentun.*did you mean 'momentum'"):
+        resume(tmp_path / "run")
+
+
+DISTRIBUTED = """
+import dataclasses, sys, torch
+from refinedet.config import from_dict, Preset
+from refinedet.training.trainer import train
+import json
+torch.set_num_threads(1)
+preset = from_dict(Preset, json.loads(sys.argv[1]))
+run = train(preset, sys.argv[2], out=sys.argv[3], backbone_weights="random", device="cpu")
+"""
+
+
+def test_two_processes_give_the_gradients_of_one(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    """Same total batch, same pictures; batch norm sees other batches, so it is frozen or absent here."""
+    from refinedet.config import to_dict
+
+    data = voc_folder(images=8)
+    model = dataclasses.replace(tiny().model, backbone_norm="frozen", tcb_batch_norm=False, backbone="vgg16")
+    # One step of plain SGD: the difference of the weights is the gradient.
+    settings = dataclasses.replace(
+        tiny().train, iterations=1, batch_size=4, learning_rate=1e-3, gradient_clip_norm=None, ema_decay=None,
+        momentum=0.0, weight_decay=0.0, milestones=(), size_schedule=(), log_every=1,
+    )  # fmt: skip
+    preset = Preset(model=model, train=settings, summary="")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    script = tmp_path / "script.py"
+    script.write_text(DISTRIBUTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    outcome = []
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        done = subprocess.run(
+            [*command, str(script), json.dumps(to_dict(preset)), str(data), str(tmp_path / name)],
+            env=environment, capture_output=True, text=True, timeout=240, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        outcome.append(torch.load(tmp_path / name / "last.ckpt", weights_only=True)["network"])
+    torch.manual_seed(settings.seed)
+    start = RefineDet(model, ("cat", "dog")).network.state_dict()
+    moved = 0
+    for name, before in start.items():
+        one, two = outcome[0][name] - before, outcome[1][name] - before
+        moved += int(one.abs().sum() > 0)
+        # Differences of weights carry the rounding of the weights.
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=2e-7 + 1e-6 * float(before.abs().max()))
+    assert moved > 60
+    # Evaluation: every picture once, so the very same figures and detections as one process found.
+    reports = [json.loads((tmp_path / name / "report/report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["images"] == reports[1]["images"] == 4
+    first, second = (
+        (tmp_path / name / "metrics.csv").read_text().splitlines()[1].split(",") for name in ("one", "two")
+    )
+    assert [float(v) for v in first[:6]] == pytest.approx([float(v) for v in second[:6]], rel=1e-4)
