@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data.augment import Photometric, render, sample_geometry, sample_photometric, transform_boxes
 from refinedet.data.dataset import DetectionDataset
+from refinedet.errors import RefineDetError
 from refinedet.preprocess import normalize
 from refinedet.training.matching import Targets
 
@@ -104,8 +105,16 @@ class EndlessOrder(Sampler[list[Draw]]):
         return (self.config.iterations - self.start) * self.config.accumulation_steps
 
 
-class AugmentedPictures(Dataset[tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]]):
-    """Loads and augments one picture per draw."""
+Sample = tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]
+"""(H, W, 3) uint8 picture, (G, 4) boxes in its pixels, (G,) labels, file."""
+
+
+class AugmentedPictures(Dataset[Sample | RefineDetError]):
+    """Loads and augments one picture per draw.
+
+    A file that cannot be read is returned as its error, not raised: the data loader would wrap what a worker raises
+    into a traceback, and the user is to see one line.
+    """
 
     def __init__(self, dataset: DetectionDataset, model: ModelConfig, augment: AugmentConfig, seed: int) -> None:
         self.dataset, self.model, self.augment, self.seed = dataset, model, augment, seed
@@ -115,9 +124,12 @@ class AugmentedPictures(Dataset[tuple[npt.NDArray[np.uint8], Tensor, Tensor, str
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, draw: Draw) -> tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]:
+    def __getitem__(self, draw: Draw) -> Sample | RefineDetError:
         record = self.dataset[draw.index]
-        image = self.dataset.load_image(draw.index)
+        try:
+            image = self.dataset.load_image(draw.index)
+        except RefineDetError as error:
+            return RefineDetError(str(error))
         rng = np.random.default_rng([self.seed, 1, draw.number])
         used = ~record.crowd
         boxes, labels = record.boxes[used], record.labels[used]
@@ -127,9 +139,14 @@ class AugmentedPictures(Dataset[tuple[npt.NDArray[np.uint8], Tensor, Tensor, str
         picture = render(image, geometry, photometric, draw.side, self.fill)
         return picture, torch.from_numpy(moved), torch.from_numpy(labels[kept]), str(record.image_path)
 
-    def collate(self, items: list[tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]]) -> Batch:
-        """Stack pictures and pad targets."""
-        pictures, boxes, labels, names = zip(*items, strict=True)
+    def collate(self, items: list[Sample | RefineDetError]) -> Batch | RefineDetError:
+        """Stack pictures and pad targets; the first error instead, if there is one."""
+        samples: list[Sample] = []
+        for item in items:
+            if isinstance(item, RefineDetError):
+                return item
+            samples.append(item)
+        pictures, boxes, labels, names = zip(*samples, strict=True)
         images = torch.from_numpy(np.stack([normalize(picture, self.model) for picture in pictures]))
         return Batch(images, Targets.collate(list(boxes), list(labels)), list(names))
 
@@ -143,15 +160,23 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """One batch for every pass of this process, from iteration ``start`` to the last."""
+) -> Iterator[Batch]:
+    """One batch for every pass of this process, from iteration ``start`` to the last.
+
+    Raises:
+        RefineDetError: a picture cannot be read; its file is named.
+    """
     pictures = AugmentedPictures(dataset, model, config.augment, config.seed)
     order = EndlessOrder(len(dataset), config, model.image_size, start=start, rank=rank, world=world)
-    return DataLoader(
-        pictures,  # type: ignore[arg-type]
+    loader = DataLoader(
+        pictures,
         batch_sampler=order,
         num_workers=config.workers,
         collate_fn=pictures.collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, RefineDetError):
+            raise batch
+        yield batch

@@ -279,16 +279,14 @@ class _Trainer:
     def run(self) -> Run:
         """Train to the last iteration, evaluating and saving on the way."""
         settings, world = self.settings, self.world
-        batches = iter(
-            training_batches(
-                self.dataset,
-                self.model.config,
-                settings,
-                start=self.iteration,
-                rank=world.rank,
-                world=world.size,
-                pin_memory=world.device.type == "cuda",
-            )
+        batches = training_batches(
+            self.dataset,
+            self.model.config,
+            settings,
+            start=self.iteration,
+            rank=world.rank,
+            world=world.size,
+            pin_memory=world.device.type == "cuda",
         )
         forward = self._forward_module()
         losses: dict[str, float] = {}

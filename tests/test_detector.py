@@ -1,0 +1,246 @@
+"""RefineDet: predicting, saving, loading, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from conftest import make_scene
+from refinedet.config import PRESETS, InferenceConfig, ModelConfig
+from refinedet.detector import RefineDet
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.model.postprocess import postprocess
+from refinedet.preprocess import preprocess
+
+CONFIG = ModelConfig(
+    backbone="resnet18", num_classes=2, image_size=(64, 128), tcb_channels=8, tcb_batch_norm=True,
+    inference=InferenceConfig(score_threshold=0.0),
+)  # fmt: skip
+"""Not square on purpose: a mix-up of height and width must show."""
+
+
+@pytest.fixture(scope="module")
+def model() -> RefineDet:
+    torch.manual_seed(0)
+    return RefineDet(CONFIG, ("cat", "dog"))
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    return [make_scene(index, size=(90 + 10 * index, 60 + 7 * index)).image for index in range(count)]
+
+
+def test_counts_of_the_papers_models() -> None:
+    assert RefineDet(PRESETS["smoke"].model).num_anchors == 3 * (16**2 + 8**2 + 4**2 + 2**2)
+    for name, anchors in (("voc07-320-vgg16", 6375), ("voc07-512-vgg16", 16320)):
+        # The property alone: half a gigabyte of weights would be built for it.
+        shell = RefineDet(CONFIG, network=torch.nn.Identity())  # type: ignore[arg-type]
+        shell.config = PRESETS[name].model
+        assert shell.num_anchors == anchors
+
+
+def test_one_picture_gives_one_result_and_a_list_gives_a_list(model: RefineDet, tmp_path: Path) -> None:
+    image = pictures(1)[0]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    single = model.predict(tmp_path / "a.png", threshold=None)
+    listed = model.predict([tmp_path / "a.png"], threshold=None)
+    array, pillow = model.predict(image, threshold=None), model.predict(Image.fromarray(image), threshold=None)
+    assert isinstance(listed, list)
+    for other in (listed[0], array, pillow):
+        np.testing.assert_array_equal(single.boxes, other.boxes)
+        np.testing.assert_array_equal(single.scores, other.scores)
+    assert single.source == str(tmp_path / "a.png")
+    assert array.source is None
+    assert single.image_size == (90, 60)
+    assert model.predict([]) == []
+    assert all(name in ("cat", "dog") for name in single.names)
+
+
+def test_boxes_are_those_of_the_network_in_pixels_of_the_picture(model: RefineDet) -> None:
+    image = pictures(3)[2]
+    raw = postprocess(model.network(torch.from_numpy(preprocess(image, CONFIG))[None]), CONFIG)
+    found = model.predict(image, threshold=None)
+    count = int(raw.counts[0])
+    assert len(found) == count > 0
+    height, width = image.shape[:2]
+    for box, expected in zip(found.boxes, raw.boxes[0, :count].tolist(), strict=True):
+        x1, y1, x2, y2 = expected
+        wanted = [x1 * width / 128, y1 * height / 64, x2 * width / 128, y2 * height / 64]
+        wanted = [min(max(v, 0), limit) for v, limit in zip(wanted, [width, height, width, height], strict=True)]
+        np.testing.assert_allclose(box, wanted, rtol=1e-5, atol=1e-4)
+    assert (np.diff(found.scores) <= 0).all()
+
+
+def test_a_batch_finds_what_single_pictures_find(model: RefineDet) -> None:
+    images = pictures(5)
+    together = model.predict(images, threshold=None, batch_size=3)
+    for image, batched in zip(images, together, strict=True):
+        alone = model.predict(image, threshold=None)
+        # Convolutions of another batch size round differently: near-equal scores may swap, the scores themselves agree.
+        np.testing.assert_allclose(alone.scores, batched.scores, atol=1e-4)
+    streamed = list(model.stream(iter(images), threshold=None, batch_size=2))
+    assert [one.image_size for one in streamed] == [one.image_size for one in together]
+
+
+def test_the_threshold_filters(model: RefineDet) -> None:
+    image = pictures(1)[0]
+    everything = model.predict(image, threshold=None)
+    cut = float(np.median(everything.scores))
+    assert len(model.predict(image, threshold=cut)) == int((everything.scores >= cut).sum())
+
+
+def test_predicting_leaves_the_network_as_it_was(model: RefineDet) -> None:
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    model.network.train()
+    model.predict(pictures(1)[0])
+    assert model.network.training
+    model.network.eval()
+    assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+
+
+def test_round_trip(model: RefineDet, tmp_path: Path) -> None:
+    model.metrics = {"mAP": 0.5}
+    model.save_pretrained(tmp_path / "a", card="# a card")
+    loaded = RefineDet.from_pretrained(tmp_path / "a")
+    assert (loaded.config, loaded.class_names, loaded.metrics) == (model.config, model.class_names, {"mAP": 0.5})
+    assert (tmp_path / "a/README.md").read_text() == "# a card"
+    image = pictures(1)[0]
+    np.testing.assert_array_equal(
+        model.predict(image, threshold=None).boxes, loaded.predict(image, threshold=None).boxes
+    )
+
+
+def test_half_kernels_are_float16_on_disk_only(model: RefineDet, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, half=True)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["arm.0.offsets.weight"].dtype == torch.float16
+    assert stored["arm.0.offsets.bias"].dtype == torch.float32
+    loaded = RefineDet.from_pretrained(tmp_path)
+    assert {value.dtype for value in loaded.network.parameters()} == {torch.float32}
+
+
+def test_a_run_folder_stands_for_its_best_weights(model: RefineDet, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "run/last")
+    assert RefineDet.from_pretrained(tmp_path / "run").class_names == ("cat", "dog")
+    other = RefineDet(CONFIG, ("best", "one"))
+    other.save_pretrained(tmp_path / "run/best")
+    assert RefineDet.from_pretrained(tmp_path / "run").class_names == ("best", "one")
+
+
+def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no model 'voc07-320-resnet19'"):
+        RefineDet.from_pretrained("voc07-320-resnet19")
+    with pytest.raises(UsageError, match=r"no model\.safetensors in this folder"):
+        RefineDet.from_pretrained(tmp_path)
+    (tmp_path / "weights.pth").write_bytes(b"x")
+    with pytest.raises(UsageError, match="give the folder"):
+        RefineDet.from_pretrained(tmp_path / "weights.pth")
+
+
+def test_a_hub_id_is_asked_of_the_hub(model: RefineDet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.save_pretrained(tmp_path / "snapshot")
+    asked: list[str] = []
+
+    def snapshot_download(name: str, **_: object) -> str:
+        asked.append(name)
+        if name == "some/gone":
+            raise OSError("no network")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert RefineDet.from_pretrained("some/model").class_names == ("cat", "dog")
+    with pytest.raises(RefineDetError, match="'some/gone' is no folder here, and could not be downloaded"):
+        RefineDet.from_pretrained("some/gone")
+    assert asked == ["some/model", "some/gone"]
+
+
+@pytest.fixture
+def saved(model: RefineDet, tmp_path: Path) -> Path:
+    return model.save_pretrained(tmp_path / "saved")
+
+
+def refuse(folder: Path, message: str) -> None:
+    with pytest.raises(RefineDetError, match=message) as caught:
+        RefineDet.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_cut_weights(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    refuse(saved, r"model\.safetensors: not a readable safetensors file")
+
+
+def test_a_pickle_under_our_name_is_not_opened(saved: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, saved / "model.safetensors")
+    refuse(saved, r"model\.safetensors: not a readable safetensors file")
+
+
+def test_weights_of_another_number_of_classes(saved: Path) -> None:
+    content = json.loads((saved / "config.json").read_text())
+    edit_config(saved, model={**content["model"], "num_classes": 3}, class_names=["a", "b", "c"])
+    refuse(saved, r"'odm\.0\.logits\.weight' has shape \(9, .* needs \(12, .*another number of classes")
+
+
+def test_a_tensor_too_few_and_one_too_many(saved: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    bias = state.pop("arm.0.logits.bias")
+    save_file(state, saved / "model.safetensors")
+    refuse(saved, r"'arm\.0\.logits\.bias' is missing \(1 missing, 0 unexpected\)")
+    save_file({**state, "arm.0.logits.bias": bias, "stranger": bias.clone()}, saved / "model.safetensors")
+    refuse(saved, "'stranger' is not part of this network")
+
+
+def test_broken_configs(saved: Path) -> None:
+    edit_config(saved, class_names=["cat"])
+    refuse(saved, r"config\.json: 1 class names for a model of 2 classes")
+    edit_config(saved, class_names=["cat", "dog"], surprise=1)
+    refuse(saved, "unknown key 'surprise'")
+    (saved / "config.json").write_text("{")
+    refuse(saved, r"config\.json: not valid JSON")
+    (saved / "config.json").write_text('{"model": {"backbone": "resnet19"}, "class_names": []}')
+    refuse(saved, "backbone: must be one of")
+    (saved / "config.json").unlink()
+    refuse(saved, r"config\.json: cannot be read")
+
+
+def test_a_class_list_of_another_length() -> None:
+    with pytest.raises(UsageError, match="3 class names for a model of 2 classes"):
+        RefineDet(CONFIG, ("a", "b", "c"))
+
+
+def test_the_model_in_the_box_needs_no_network_and_finds_the_cat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    boxed = RefineDet.from_pretrained("voc07-320-resnet18")
+    assert boxed.metrics["mAP"] >= 0.35
+    found = boxed.predict(Path(__file__).parents[1] / "examples/chelsea.jpg", threshold=0.3)
+    assert found.names[:1] == ["cat"]
+    # The cat's head fills the picture from about x = 120 to 400 (of 451) and its body reaches the lower edge.
+    x1, _, x2, y2 = found.boxes[0]
+    assert x1 < 150
+    assert x2 > 330
+    assert y2 > 230
+
+
+def test_saving_where_nothing_can_be_saved(model: RefineDet, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RefineDetError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "file")
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    model.save_pretrained(tmp_path / "gone/deep")
+    assert (tmp_path / "gone/deep/model.safetensors").is_file()
