@@ -1,7 +1,7 @@
 """Seconds per picture, network and post-processing, beside torchvision's SSD300-VGG16 in the same run.
 
-The two take turns, so that a machine that slows down slows both; the ratio is taken pair by pair. Weights are random: the
-work of a convolution does not depend on them, and thresholds are set so that both post-processings are busy.
+The two take turns, so that a machine that slows down slows both; the ratio is taken pair by pair. Weights are random: a
+convolution costs the same with any, and thresholds are set so that both post-processings are busy.
 
     python benchmarks/peer_speed.py --runs 20
 """

@@ -132,7 +132,7 @@ def mine(
 
 
 def smooth_l1(x: Tensor) -> Tensor:
-    return 0.5 * x * x if abs(float(x)) < 1 else x.abs() - 0.5
+    return 0.5 * x * x if abs(float(x.detach())) < 1 else x.abs() - 0.5
 
 
 def cross_entropy(logits: Tensor, label: int) -> Tensor:

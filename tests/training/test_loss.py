@@ -261,7 +261,8 @@ def test_total_replaces_the_divisors() -> None:
         return torch.tensor([2.0, 5.0])
 
     model = ModelConfig(num_classes=4)
-    plain, replaced = RefineDetLoss(model)(predictions, targets), RefineDetLoss(model, total=total)(predictions, targets)
+    plain = RefineDetLoss(model)(predictions, targets)
+    replaced = RefineDetLoss(model, total=total)(predictions, targets)
     assert seen == [list(map(float, positives))]
     for name in NAMES:
         module = name.startswith("odm")

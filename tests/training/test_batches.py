@@ -1,0 +1,165 @@
+"""What picture number n of a training is depends on the seed and n alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
+from refinedet.data import open_dataset
+from refinedet.data.dataset import DetectionDataset
+from refinedet.preprocess import normalize, resize
+from refinedet.training.batches import Batch, Draw, EndlessOrder, training_batches
+
+FolderFactory = Callable[..., Path]
+SIZE = (64, 64)
+MODEL = ModelConfig(backbone="resnet18", num_classes=2, image_size=SIZE)
+PLAIN = AugmentConfig(
+    photometric=False, expand_probability=0.0, crop=False, flip_probability=0.0, interpolations=("linear",)
+)
+
+
+def order_of(length: int, config: TrainConfig, **settings: int) -> list[list[Draw]]:
+    return list(EndlessOrder(length, config, SIZE, **settings))
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 30), batch=st.integers(1, 12), iterations=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_every_epoch_is_a_permutation(length: int, batch: int, iterations: int, seed: int) -> None:
+    config = TrainConfig(iterations=iterations, batch_size=batch, seed=seed)
+    passes = order_of(length, config)
+    assert [len(one) for one in passes] == [batch] * iterations
+    draws = [draw for one in passes for draw in one]
+    assert [draw.number for draw in draws] == list(range(batch * iterations))
+    indices = [draw.index for draw in draws]
+    for start in range(0, len(indices), length):
+        epoch = indices[start : start + length]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(length))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    config = TrainConfig(iterations=4, batch_size=50)
+    indices = [draw.index for one in order_of(100, config) for draw in one]
+    assert indices[:100] != indices[100:]
+    assert indices[:100] != list(range(100))
+    other = [draw.index for one in order_of(100, dataclasses.replace(config, seed=1)) for draw in one]
+    assert indices != other
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.integers(1, 25), world=st.sampled_from([1, 2, 3]), steps=st.sampled_from([1, 2]), start=st.integers(0, 5)
+)  # fmt: skip
+def test_ranks_and_steps_share_out_the_batch(length: int, world: int, steps: int, start: int) -> None:
+    config = TrainConfig(iterations=6, batch_size=12, accumulation_steps=steps, seed=3)
+    whole = [draw for one in order_of(length, dataclasses.replace(config, accumulation_steps=1)) for draw in one]
+    ranks = [order_of(length, config, rank=rank, world=world, start=start) for rank in range(world)]
+    assert {len(passes) for passes in ranks} == {(6 - start) * steps}
+    assert len(EndlessOrder(length, config, SIZE, world=world, start=start)) == (6 - start) * steps
+    assert {len(one) for passes in ranks for one in passes} == {12 // steps // world}
+    dealt = [draw for number in range(len(ranks[0])) for passes in ranks for draw in passes[number]]
+    assert dealt == whole[12 * start :]
+
+
+def test_size_schedule() -> None:
+    config = TrainConfig(iterations=6, batch_size=1, size_schedule=((1, 128), (3, 192)))
+    sizes = [one[0].side for one in order_of(4, config)]
+    assert sizes == [(64, 64), (128, 128), (128, 128), (192, 192), (192, 192), (192, 192)]
+    assert [one[0].side for one in order_of(4, config, start=4)] == sizes[4:]
+    assert EndlessOrder(4, TrainConfig(), (64, 128)).size_at(0) == (64, 128)
+
+
+@pytest.fixture
+def dataset(voc_folder: FolderFactory) -> DetectionDataset:
+    return open_dataset(voc_folder(images=5), "trainval")
+
+
+def batches_of(dataset: DetectionDataset, config: TrainConfig, **settings: int) -> list[Batch]:
+    return list(training_batches(dataset, MODEL, config, **settings))
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.names == b.names
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets.boxes, b.targets.boxes)
+        assert torch.equal(a.targets.labels, b.targets.labels)
+
+
+def test_neither_workers_nor_a_stop_change_the_pictures(dataset: DetectionDataset) -> None:
+    config = TrainConfig(iterations=5, batch_size=3, workers=0, seed=4, size_schedule=((2, 128),))
+    alone = batches_of(dataset, config)
+    assert [tuple(batch.images.shape) for batch in alone] == [(3, 3, 64, 64)] * 2 + [(3, 3, 128, 128)] * 3
+    assert_equal(batches_of(dataset, dataclasses.replace(config, workers=2)), alone)
+    assert_equal(batches_of(dataset, config, start=3), alone[3:])
+    other = batches_of(dataset, dataclasses.replace(config, seed=5))
+    assert not torch.equal(other[0].images, alone[0].images)
+
+
+def test_ranks_see_the_halves_of_the_whole_batch(dataset: DetectionDataset) -> None:
+    config = TrainConfig(iterations=2, batch_size=4, workers=0)
+    whole = batches_of(dataset, config)
+    halves = [batches_of(dataset, config, rank=rank, world=2) for rank in range(2)]
+    for iteration in range(2):
+        joined = torch.cat([halves[0][iteration].images, halves[1][iteration].images])
+        assert torch.equal(joined, whole[iteration].images)
+        assert halves[0][iteration].names + halves[1][iteration].names == whole[iteration].names
+
+
+def test_without_augmentation_a_batch_is_the_data(dataset: DetectionDataset) -> None:
+    config = TrainConfig(iterations=5, batch_size=1, workers=0, augment=PLAIN)
+    seen = set()
+    for batch in batches_of(dataset, config):
+        index = next(i for i, record in enumerate(dataset.records) if str(record.image_path) == batch.names[0])
+        seen.add(index)
+        record = dataset[index]
+        image = dataset.load_image(index)
+        # Pillow's plain bilinear truncates, so it may lie one level lower.
+        expected = normalize(resize(image, *SIZE), MODEL)
+        assert np.abs(batch.images[0].numpy() - expected).max() < 1.5 / 57
+        factor = np.array([64 / record.width, 64 / record.height] * 2, dtype=np.float32)
+        np.testing.assert_allclose(batch.targets.boxes[0].numpy(), record.boxes * factor, atol=1e-4)
+        assert batch.targets.labels[0].tolist() == record.labels.tolist()
+        assert batch.targets.valid.all()
+    assert seen == set(range(5))
+
+
+def test_difficult_boxes_are_used_and_crowds_are_not(
+    dataset: DetectionDataset, coco_folder: FolderFactory
+) -> None:
+    assert any(record.difficult.any() for record in dataset.records)
+    crowded = open_dataset(coco_folder(images=6), "train")
+    assert any(record.crowd.any() for record in crowded.records)
+    for data in (dataset, crowded):
+        config = TrainConfig(iterations=len(data), batch_size=1, workers=0, augment=PLAIN)
+        records = {str(record.image_path): record for record in data.records}
+        for batch in batches_of(data, config):
+            record = records[batch.names[0]]
+            assert batch.targets.labels[0].tolist() == record.labels[~record.crowd].tolist()
+
+
+def test_filling_is_the_mean_colour(dataset: DetectionDataset) -> None:
+    """After normalisation the surroundings of an expanded picture are nearly 0, whatever the channel order."""
+    augment = dataclasses.replace(PLAIN, expand_probability=1.0)
+    config = TrainConfig(iterations=4, batch_size=4, workers=0, augment=augment)
+    for model in (MODEL, dataclasses.replace(MODEL, channel_order="bgr", mean=(10.0, 100.0, 200.0), std=(1.0,) * 3)):
+        images = torch.cat([batch.images for batch in training_batches(dataset, model, config)])
+        filled = (images.abs() < 0.51 / min(model.std)).all(dim=1)
+        assert filled.float().mean() > 0.3
+
+
+def test_pictures_differ_from_pass_to_pass(dataset: DetectionDataset) -> None:
+    config = TrainConfig(iterations=10, batch_size=1, workers=0)
+    batches = batches_of(dataset, config)
+    same = [(a, b) for a in batches[:5] for b in batches[5:] if a.names == b.names]
+    assert len(same) == 5
+    assert not any(torch.equal(a.images, b.images) for a, b in same)
