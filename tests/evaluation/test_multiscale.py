@@ -20,6 +20,7 @@ from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.data import open_dataset
 from refinedet.detections import Detections
 from refinedet.errors import UsageError
+from refinedet.evaluation import multiscale
 from refinedet.evaluation.multiscale import MultiScale, Pass, passes, vote
 from refinedet.model.postprocess import linear_soft_nms
 
@@ -402,17 +403,48 @@ def test_evaluate_a_network_at_several_scales(voc_folder: FolderFactory) -> None
     assert single.settings["seconds_per_image"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", ["voc07", "coco"])
-def test_command_line_at_several_scales(
-    metric: str, coco_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def run_command(data: Path, folder: Path, metric: str) -> str:
+    command = ["evaluate", str(folder / "model"), str(data), "--split", "val", "--metric", metric, "--limit", "1"]
+    assert cli.main([*command, "--multi-scale", "--report", str(folder / "report")]) == 0
+    saved: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text())
+    assert saved["settings"]["multi_scale"] is True
+    return ", ".join(saved["settings"]["passes"])
+
+
+def test_command_line_with_small_passes(
+    coco_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny().save_pretrained(tmp_path / "model")
+    """The whole way with a real network, at sizes that take no time."""
+    forms = []
+
+    def few(size: tuple[int, int], form: str) -> list[Pass]:
+        forms.append(form)
+        return [Pass(64, 64), Pass(128, 64, flip=True), Pass(128, 128, shortest_below=30)]
+
+    monkeypatch.setattr(multiscale, "passes", few)
+    tiny(64).save_pretrained(tmp_path / "model")
     data = coco_folder(images=6, class_names=NAMES)
-    command = ["evaluate", str(tmp_path / "model"), str(data), "--split", "val", "--metric", metric]
-    assert cli.main([*command, "--multi-scale", "--report", str(tmp_path / "report")]) == 0
-    output = capsys.readouterr().out
-    assert "multi-scale; 3 images" in output
-    assert "s per image" in output
-    saved = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert len(saved["settings"]["passes"]) == (18 if metric == "coco" else 16)
+    for metric in ("voc07", "coco"):
+        assert run_command(data, tmp_path, metric) == "64x64, 128x64 flipped, 128x128"
+        output = capsys.readouterr().out
+        assert "multi-scale; 1 image of coco val" in output
+        assert "s per image" in output
+    assert forms == ["voc", "coco"]
+    assert cli.main(["evaluate", str(tmp_path / "model"), str(data), "--split", "val"]) == 0
+    assert "multi-scale" not in capsys.readouterr().out
+
+
+def test_command_line_refuses_other_sizes(
+    coco_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny(64).save_pretrained(tmp_path / "model")
+    data = coco_folder(images=6, class_names=NAMES)
+    assert cli.main(["evaluate", str(tmp_path / "model"), str(data), "--split", "val", "--multi-scale"]) == 2
+    assert "models of 320x320 and 512x512 pixels, not 64x64" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("metric", "count"), [("voc07", 16), ("coco", 18)])
+def test_command_line_at_several_scales(metric: str, count: int, coco_folder: FolderFactory, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "model")
+    assert run_command(coco_folder(images=2, class_names=NAMES), tmp_path, metric).count(",") == count - 1

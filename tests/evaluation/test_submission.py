@@ -161,6 +161,14 @@ def test_several_years_need_a_choice(voc_folder: FolderFactory, tmp_path: Path) 
     assert "results/VOC2012/Main/comp4_det_test_lynx.txt" in read_archive(tmp_path / "a.zip")
 
 
+def test_a_test_set_beside_an_annotated_year(voc_test: Path, voc_folder: FolderFactory) -> None:
+    voc_folder(name="VOCdevkit/VOC2007", class_names=NAMES, first=10)
+    dataset = open_dataset(voc_test, "test", NAMES)
+    assert dataset.annotated
+    assert {record.image_path.parent.parent.name for record in dataset.records} == {"VOC2007"}
+    assert len(open_dataset(voc_test, "2012:test", NAMES, require_annotations=False)) == 3
+
+
 def test_pictures_of_a_test_set_must_be_there(voc_test: Path, tmp_path: Path) -> None:
     missing = voc_test / "VOC2012" / "JPEGImages" / "000002.jpg"
     missing.unlink()

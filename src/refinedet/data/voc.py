@@ -141,6 +141,9 @@ def read_voc(
         RefineDetError: (strict) a file that cannot be used.
     """
     folders = find_folders(path)
+    if require_annotations:
+        # Beside annotated years, the pictures of a test set are nobody's concern here.
+        folders = [folder for folder in folders if folder.annotations.is_dir()] or folders
     selection = _select(path, folders, split, log)
     if not require_annotations:
         if split is None and not any(selection):
