@@ -35,12 +35,21 @@ class InferenceConfig:
     """Within a class, a box that overlaps a better one by more than this is dropped (paper, section 4)."""
     max_detections: int = 200
     """Detections kept per image (paper: 200; official code: 500)."""
+    soft_nms_iou: float | None = None
+    """Then lower the score of a box to ``score * (1 - IoU)`` where it overlaps a better one of its class by more than
+    this (linear Soft-NMS). None: do not. The official code does it for COCO at a single scale, with 0.3."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.score_threshold < 1, "score_threshold", self.score_threshold, "in [0, 1)")
         _require(self.candidates >= 1, "candidates", self.candidates, "at least 1")
         _require(0 <= self.nms_iou <= 1, "nms_iou", self.nms_iou, "in [0, 1]")
         _require(self.max_detections >= 1, "max_detections", self.max_detections, "at least 1")
+        _require(
+            self.soft_nms_iou is None or 0 <= self.soft_nms_iou <= 1,
+            "soft_nms_iou",
+            self.soft_nms_iou,
+            "in [0, 1] or none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

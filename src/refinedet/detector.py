@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.media import read_image
 from refinedet.model.network import RefineDetNetwork
-from refinedet.model.postprocess import postprocess
+from refinedet.model.postprocess import linear_soft_nms, postprocess
 from refinedet.preprocess import preprocess
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ class RefineDet:
         *,
         threshold: float | None = None,
         sources: Sequence[str | None] | None = None,
+        size: tuple[int, int] | None = None,
+        soft_nms: bool = True,
     ) -> list[Detections]:
         """Run the network once over all ``images``.
 
@@ -146,14 +149,22 @@ class RefineDet:
             images: (H, W, 3) uint8 RGB each, sizes may differ.
             threshold: lowest score returned; None returns all that post-processing keeps.
             sources: file of each image, for ``Detections.source``.
+            size: height and width that the images are warped to instead of ``config.image_size``, multiples of 64;
+                anchors keep their pixel sizes.
+            soft_nms: False leaves out the Soft-NMS of ``config.inference.soft_nms_iou``, if that is set.
 
         Returns:
             Detections in pixels of each image, clipped to it, best first.
+
+        Raises:
+            UsageError: a size that is not two multiples of 64.
         """
         if not images:
             return []
-        height, width = self.config.image_size
-        inputs = torch.from_numpy(np.stack([preprocess(image, self.config) for image in images]))
+        height, width = size or self.config.image_size
+        if not (height >= 64 and width >= 64 and height % 64 == 0 and width % 64 == 0):
+            raise UsageError(f"size must be two multiples of 64, not {size!r}")
+        inputs = torch.from_numpy(np.stack([preprocess(image, self.config, (height, width)) for image in images]))
         training = self.network.training
         self.network.eval()
         try:
@@ -176,8 +187,24 @@ class RefineDet:
                 image_size=(columns, rows),
                 source=sources[row] if sources else None,
             )
+            if soft_nms:
+                one = self._soften(one)
             results.append(one if threshold is None else one.filter(threshold=threshold))
         return results
+
+    def _soften(self, found: Detections) -> Detections:
+        """Soft-NMS, if the config asks for it: on clipped boxes in pixels of the image, as in the official code."""
+        settings = self.config.inference
+        if settings.soft_nms_iou is None:
+            return found
+        order, scores = linear_soft_nms(
+            found.boxes,
+            found.scores,
+            found.labels,
+            iou=settings.soft_nms_iou,
+            score_threshold=settings.score_threshold,
+        )
+        return dataclasses.replace(found, boxes=found.boxes[order], scores=scores, labels=found.labels[order])
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None, half: bool = False) -> Path:
         """Write model.safetensors, config.json and, if given, README.md (the model card).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,6 +22,7 @@ from refinedet.data.dataset import (
     shorten,
     unknown_class,
     unknown_split,
+    without_objects,
 )
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.media import read_image_size
@@ -31,8 +33,15 @@ _ROUNDING = 0.5
 """Pixels by which COCO's rounded boxes may reach outside their image without a word."""
 
 
-def find_annotation_files(path: Path) -> dict[str, Path]:
-    """Split name -> JSON file of a COCO folder (or of the JSON file itself), sorted by name; empty if it is none."""
+_IMAGES_ONLY = "image_info_"
+"""Lists of pictures whose annotations the server keeps to itself."""
+
+
+def find_annotation_files(path: Path, *, unannotated: bool = False) -> dict[str, Path]:
+    """Split name -> JSON file of a COCO folder (or of the JSON file itself), sorted by name; empty if it is none.
+
+    ``unannotated`` adds the files that only list pictures, where their split has no other.
+    """
     if path.is_file():
         return {_split_name(path): path}
     if (path / ROBOFLOW_NAME).is_file():
@@ -43,6 +52,10 @@ def find_annotation_files(path: Path) -> dict[str, Path]:
     found = {_split_name(file): file for file in instances or others}
     if not found:
         found = {file.parent.name: file for file in sorted(path.glob(f"*/{ROBOFLOW_NAME}"))}
+    if unannotated:
+        for file in candidates:
+            if file.name.startswith(_IMAGES_ONLY):
+                found.setdefault(_split_name(file), file)
     return found
 
 
@@ -51,7 +64,14 @@ def list_splits(path: Path) -> tuple[str, ...]:
     return tuple(sorted(find_annotation_files(path)))
 
 
-def read_coco(path: Path, split: str | None, class_names: Sequence[str] | None, log: ProblemLog) -> DetectionDataset:
+def read_coco(
+    path: Path,
+    split: str | None,
+    class_names: Sequence[str] | None,
+    log: ProblemLog,
+    *,
+    require_annotations: bool = True,
+) -> DetectionDataset:
     """Read a COCO folder or one of its JSON files.
 
     Args:
@@ -60,25 +80,42 @@ def read_coco(path: Path, split: str | None, class_names: Sequence[str] | None, 
         class_names: names in label order, or None for the file's, by ascending category id. A given name that the
             file lacks gets an unused category id.
         log: receives the problems.
+        require_annotations: False also reads files without "annotations" and refuses names that the file lacks.
 
     Raises:
-        UsageError: unknown split, or splits that cannot be joined because their categories or image ids clash.
+        UsageError: unknown split, splits that cannot be joined because their categories or image ids clash, or that
+            only list pictures where annotations are required.
         RefineDetError: (strict) a file that cannot be used.
     """
     files = find_annotation_files(path)
+    if split is not None or not files:
+        files = find_annotation_files(path, unannotated=True)
     chosen = list(files) if split is None else _choose(path, split, files)
+    annotated = True
     records: list[Record] = []
     categories: dict[int, str] | None = None
     seen: dict[int, str] = {}
     for name in chosen:
         file = files[name]
         document = _read_json(file)
+        if "annotations" not in document:
+            if require_annotations:
+                raise UsageError(
+                    f"{file}: lists images without 'annotations', so nothing can be learnt or measured; "
+                    "'refinedet evaluate --submission FILE' writes results for its server"
+                )
+            annotated = False
         own = _categories(file, document)
         if categories is not None and own != categories:
             raise UsageError(
                 f"{file}: its categories differ from those of {files[chosen[0]]}; read one split at a time"
             )
         categories = own
+        strange = [name for name in class_names or () if name not in own.values()]
+        if strange and not require_annotations:
+            raise UsageError(
+                f"{file}: has no category '{strange[0]}', which is a class of the model; use a model of its categories"
+            )
         label_of, _ = _labels(own, class_names)
         before = len(records)
         records.extend(_read_records(file, name, document, own, label_of, class_names, log))
@@ -92,13 +129,16 @@ def read_coco(path: Path, split: str | None, class_names: Sequence[str] | None, 
     assert categories is not None  # chosen is never empty
     label_of, category_ids = _labels(categories, class_names)
     names = tuple(class_names) if class_names is not None else tuple(categories[key] for key in sorted(categories))
-    return DetectionDataset(records, names, "coco", split, path, category_ids)
+    if not annotated:
+        # One split of several without annotations: figures of the rest would pass for those of the whole.
+        records = [without_objects(record) for record in records]
+    return DetectionDataset(records, names, "coco", split, path, category_ids, annotated=annotated)
 
 
 def _split_name(file: Path) -> str:
     if file.name == ROBOFLOW_NAME:
         return file.resolve().parent.name
-    return file.stem.removeprefix("instances_")
+    return file.stem.removeprefix("instances_").removeprefix(_IMAGES_ONLY)
 
 
 def _choose(path: Path, split: str, files: dict[str, Path]) -> list[str]:
@@ -128,6 +168,8 @@ def _read_json(file: Path) -> dict[str, list[dict[str, Any]]]:
         raise RefineDetError(f"{file}: not valid JSON ({error}); it may be cut off: restore it") from None
     for key in ("images", "annotations", "categories"):
         values = document.get(key) if isinstance(document, dict) else None
+        if key == "annotations" and "annotations" not in document and file.name.startswith(_IMAGES_ONLY):
+            continue
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             raise RefineDetError(f"{file}: not a COCO instances file: it needs a list of objects named '{key}'")
     return document  # type: ignore[no-any-return]
@@ -198,7 +240,7 @@ def _read_records(
             continue
         images[key] = entry
     objects: dict[int, list[dict[str, Any]]] = {key: [] for key in images}
-    for entry in document["annotations"]:
+    for entry in document.get("annotations", []):
         try:
             _check_annotation(file, entry, images, categories, label_of, class_names)
         except FaultyFileError as error:
@@ -264,6 +306,8 @@ def _image_folders(file: Path, split: str) -> list[Path]:
         return [file.parent]
     candidates = (
         above / split,
+        # image_info_test-dev2017.json lists a part of test2017/.
+        above / re.sub(r"-[a-z]+", "", split),
         above / "images" / split,
         above / split / "images",
         file.parent,

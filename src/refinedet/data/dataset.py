@@ -84,6 +84,8 @@ class DetectionDataset:
     """COCO only: the category id of each label."""
     problems: list[Problem] = field(default_factory=list)
     """What was repaired or left out while reading."""
+    annotated: bool = True
+    """False: a split whose annotations are not public, its records without objects although there are some."""
 
     def __len__(self) -> int:
         """Number of pictures."""
@@ -108,6 +110,18 @@ class DetectionDataset:
     def subset(self, indices: Iterable[int]) -> DetectionDataset:
         """The same data set with only the records at ``indices``, in that order."""
         return replace(self, records=[self.records[index] for index in indices], problems=list(self.problems))
+
+
+def without_objects(record: Record) -> Record:
+    """The same picture with nothing known of what is on it."""
+    return replace(
+        record,
+        boxes=np.zeros((0, 4), dtype=np.float32),
+        labels=np.zeros(0, dtype=np.int64),
+        difficult=np.zeros(0, dtype=np.bool_),
+        crowd=np.zeros(0, dtype=np.bool_),
+        areas=np.zeros(0, dtype=np.float32),
+    )
 
 
 class FaultyFileError(RefineDetError):
@@ -140,7 +154,12 @@ class ProblemLog:
 
 
 def open_dataset(
-    path: str | Path, split: str | None = None, class_names: Sequence[str] | None = None, *, strict: bool = True
+    path: str | Path,
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
+    *,
+    strict: bool = True,
+    require_annotations: bool = True,
 ) -> DetectionDataset:
     """Read all annotations of a split; the layout is recognised by ``detect_layout``.
 
@@ -151,6 +170,10 @@ def open_dataset(
         class_names: the names in label order; by default they come from the data, in an order that does not depend
             on which files are read.
         strict: raise at the first file that cannot be used; otherwise collect ``problems`` and go on.
+        require_annotations: False also takes splits for which results are handed in to a server: VOC, where a listed
+            picture has no XML; COCO, a JSON without "annotations" (image_info_test-dev2017.json). Such a split is read
+            without any objects and its ``annotated`` is False. COCO then refuses class names that are no category, as
+            results of such a class could not be written.
 
     Boxes that reach outside the picture are clipped, boxes without an area are dropped, each with a ``Problem``, in
     both modes.
@@ -169,9 +192,13 @@ def open_dataset(
         if not names or len(set(names)) != len(names):
             raise UsageError(f"class names must be different from each other and at least one, not {list(names)!r}")
         class_names = names
-    reader = {"voc": voc.read_voc, "coco": coco.read_coco, "yolo": yolo.read_yolo}[layout]
     log = ProblemLog(strict=strict)
-    dataset = reader(root, None if split == "all" else split, class_names, log)
+    part = None if split == "all" else split
+    if layout == "yolo":
+        dataset = yolo.read_yolo(root, part, class_names, log)
+    else:
+        reader = voc.read_voc if layout == "voc" else coco.read_coco
+        dataset = reader(root, part, class_names, log, require_annotations=require_annotations)
     dataset.problems = log.problems
     if not dataset.records and not any(problem.fatal for problem in log.problems):
         where = f"split '{split}'" if split is not None else "this data set"
@@ -198,7 +225,7 @@ def detect_layout(path: str | Path) -> Layout:
         raise UsageError(f"{root}: a data set is a folder, a COCO .json or a YOLO data.yaml")
     if voc.find_folders(root):
         return "voc"
-    if coco.find_annotation_files(root):
+    if coco.find_annotation_files(root, unannotated=True):
         return "coco"
     if yolo.find_yaml(root) is not None:
         return "yolo"

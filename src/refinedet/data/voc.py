@@ -115,7 +115,14 @@ def list_splits(path: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if "_" not in name or name.rsplit("_", 1)[1] not in names))
 
 
-def read_voc(path: Path, split: str | None, class_names: Sequence[str] | None, log: ProblemLog) -> DetectionDataset:
+def read_voc(
+    path: Path,
+    split: str | None,
+    class_names: Sequence[str] | None,
+    log: ProblemLog,
+    *,
+    require_annotations: bool = True,
+) -> DetectionDataset:
     """Read a VOCdevkit or a VOC folder.
 
     Without ``class_names`` the classes are those of all annotations of all folders in alphabetical order, so that the
@@ -126,13 +133,24 @@ def read_voc(path: Path, split: str | None, class_names: Sequence[str] | None, l
         split: "train", "train+val", "2007:trainval+2012:trainval", or None for every annotation.
         class_names: names in label order, or None.
         log: receives the problems.
+        require_annotations: False reads a split that has not all of its annotations without any of them. VOC 2012
+            test is such a one: it comes with a few XML files, which are for another task.
 
     Raises:
         UsageError: unknown or empty split.
         RefineDetError: (strict) a file that cannot be used.
     """
     folders = find_folders(path)
+    if require_annotations:
+        # Beside annotated years, the pictures of a test set are nobody's concern here.
+        folders = [folder for folder in folders if folder.annotations.is_dir()] or folders
     selection = _select(path, folders, split, log)
+    if not require_annotations:
+        if split is None and not any(selection):
+            selection = [sorted(_images_by_stem(folder.images)) for folder in folders]
+        pairs = list(zip(folders, selection, strict=True))
+        if any(not set(stems) <= _annotated_stems(folder) for folder, stems in pairs):
+            return _read_pictures(path, split, class_names, pairs, log)
     parsed: dict[Path, _Annotation | None] = {}
     for folder, stems in zip(folders, selection, strict=True):
         wanted = set(stems) if class_names is not None else _annotated_stems(folder)
@@ -184,13 +202,55 @@ def read_voc(path: Path, split: str | None, class_names: Sequence[str] | None, l
     return DetectionDataset(records, classes, "voc", split, path)
 
 
+def _read_pictures(
+    path: Path,
+    split: str | None,
+    class_names: Sequence[str] | None,
+    selection: Sequence[tuple[VocFolder, Sequence[str]]],
+    log: ProblemLog,
+) -> DetectionDataset:
+    """The pictures of a split without looking at annotations."""
+    records: list[Record] = []
+    seen: set[str] = set()
+    for folder, stems in selection:
+        images = _images_by_stem(folder.images)
+        for stem in stems:
+            image_path = folder.images / images.get(stem, [f"{stem}.jpg"])[0]
+            try:
+                try:
+                    size = read_image_size(image_path)
+                except RefineDetError as error:
+                    raise FaultyFileError(image_path, str(error).removeprefix(f"{image_path}: ")) from None
+                image_id = f"{folder.year}_{stem}" if stem in seen else stem
+                record = build_record(
+                    image_path=image_path,
+                    image_id=image_id,
+                    size=size,
+                    boxes=[],
+                    labels=[],
+                    annotation_path=image_path,
+                    describe=str,
+                    log=log,
+                )
+            except FaultyFileError as error:
+                log.fatal(error)
+                continue
+            seen.add(image_id)
+            records.append(record)
+    classes = VOC_CLASSES if class_names is None else tuple(class_names)
+    return DetectionDataset(records, classes, "voc", split, path, annotated=False)
+
+
 def _as_folder(root: Path) -> VocFolder | None:
+    sets = root / "ImageSets" / "Main"
     for folder in (root / "Annotations", root / "annotations"):
-        sets = root / "ImageSets" / "Main"
         if folder.is_dir() and (sets.is_dir() or any(name.endswith(".xml") for name in _listing(folder))):
             choices = [root / name for name in ("JPEGImages", "images", "Images")]
             images = next((choice for choice in choices if choice.is_dir()), choices[0])
             return VocFolder(root, folder, images, sets)
+    if sets.is_dir() and (root / "JPEGImages").is_dir():
+        # A test set as it comes from its server.
+        return VocFolder(root, root / "Annotations", root / "JPEGImages", sets)
     return None
 
 

@@ -11,13 +11,14 @@ import csv
 import itertools
 import json
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,8 @@ from refinedet.config import ModelConfig, to_dict
 from refinedet.data.dataset import DetectionDataset, open_dataset
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.metrics import COCO_NAMES, CURVE_RECALLS, coco_average_precision, voc_average_precision
+from refinedet.evaluation.multiscale import MultiScale, SizedDetector
+from refinedet.evaluation.submission import plan_submission
 
 if TYPE_CHECKING:
     from refinedet.detections import Detections
@@ -65,7 +68,8 @@ class Report(Mapping[str, float]):
     """What an evaluation found. ``report["mAP"]`` is the figure; everything else stands in the attributes.
 
     As a mapping it holds "mAP" (0..1, the mean over the classes that have objects) and, for COCO, the twelve numbers by
-    name ("AP", "AP50", ... "ARl"; "mAP" is "AP"). COCO numbers without any object of their size are -1.
+    name ("AP", "AP50", ... "ARl"; "mAP" is "AP"). COCO numbers without any object of their size are -1. For a split
+    without annotations, of which only a submission can be made, it is empty, and so are ``per_class`` and ``objects``.
     """
 
     metric: Metric
@@ -83,7 +87,8 @@ class Report(Mapping[str, float]):
     data: str
     """Name of the data's folder or file."""
     settings: dict[str, Any]
-    """How the detections were made: the model's config, score threshold, batch size."""
+    """How the detections were made: the model's config, score threshold, batch size, whether and with which passes at
+    several scales, and ``seconds_per_image``, wall time from the file to the detections."""
     curves: dict[str, npt.NDArray[np.float64]] = field(repr=False)
     """Class name to (101,) interpolated precision at recall 0, 0.01, ... 1 and IoU 0.5; classes with objects only."""
     detections: list[Detections] = field(repr=False)
@@ -107,15 +112,19 @@ class Report(Mapping[str, float]):
 
     def table(self) -> str:
         """AP per class in percent, the mean, and COCO's numbers, as aligned text."""
-        width = max(len("mean"), *(len(name) for name in self.per_class))
+        where = self.data + (f" {self.split}" if self.split else "")
+        images = f"{self.images} image{'s' * (self.images != 1)} of {where}"
+        if not self.figures:
+            return f"no figures: {images} without annotations"
+        how = ", multi-scale" if self.settings.get("multi_scale") else ""
+        width = max([len("mean"), *(len(name) for name in self.per_class)])
         lines = [f"{'class':<{width}}  {'objects':>7}  {'AP %':>6}"]
         lines += [
             f"{name:<{width}}  {self.objects[name]:>7}  {_percent(value)}" for name, value in self.per_class.items()
         ]
-        where = self.data + (f" {self.split}" if self.split else "")
         lines.append(
             f"{'mean':<{width}}  {sum(self.objects.values()):>7}  {_percent(self['mAP'])}  "
-            f"({METRICS[self.metric]}; {self.images} image{'s' * (self.images != 1)} of {where})"
+            f"({METRICS[self.metric]}{how}; {images})"
         )
         if self.metric == "coco":
             for names in (COCO_NAMES[:6], COCO_NAMES[6:]):
@@ -189,6 +198,8 @@ def evaluate(
     limit: int | None = None,
     threads: int = 2,
     threshold: float | None = None,
+    multi_scale: bool = False,
+    submission: str | Path | None = None,
     progress: bool | Progress = False,
 ) -> Report:
     """Run a model over a data set and measure how good its detections are.
@@ -204,6 +215,11 @@ def evaluate(
         threads: that decode pictures ahead of the network; memory does not grow with the data.
         threshold: drop detections that score less. Default: keep what the model's post-processing keeps
             (``config.inference.score_threshold``); anything higher costs average precision.
+        multi_scale: multi-scale testing with flips and box voting (``evaluation.multiscale``): the passes of the
+            paper's "+" rows for a model of 320 or 512 pixels, in COCO's form for "coco", else in VOC's. The network
+            sees 32 (VOC) or 40 (COCO) times the pixels of a single scale at 320, 16 or 37 times at 512.
+        submission: file for the server of PASCAL VOC (.zip, .tar.gz) or COCO (.zip, .json); see
+            ``evaluation.submission``. With it, ``split`` may be one without annotations: then no figure is computed.
         progress: True shows a bar on the terminal; a function is called with (images done, images in all).
 
     Returns:
@@ -212,26 +228,50 @@ def evaluate(
     Raises:
         RefineDetError: a file of the data is bad, no object is there to evaluate against, or the classes of model and
             data differ.
-        UsageError: an unknown metric, a missing folder, a batch size, limit or number of threads below 1.
+        UsageError: an unknown metric, a missing folder, a batch size, limit or number of threads below 1, multi-scale
+            testing of a model of another size, or a submission that the data or the metric does not fit.
     """
     _check_metric(metric)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
-    dataset = data if isinstance(data, DetectionDataset) else _open(data, split, model.class_names)
+    runner: Detector = model
+    passes: list[str] = []
+    if multi_scale:
+        several = MultiScale(
+            cast(SizedDetector, model), "coco" if metric == "coco" else "voc", batch_size=max(1, batch_size)
+        )
+        runner, passes = several, [str(one) for one in several.passes]
+    if isinstance(data, DetectionDataset):
+        dataset = data
+    else:
+        dataset = _open(data, split, model.class_names, require_annotations=submission is None)
     _check_class_names(dataset, model.class_names)
     indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
     # Before the hour of inference, not after it.
-    _check_objects(dataset, indices)
+    server = None if submission is None else plan_submission(submission, dataset, metric)
+    measurable = dataset.annotated or server is None
+    if measurable:
+        _check_objects(dataset, indices)
+    began = time.perf_counter()
     detections = collect_detections(
-        model, dataset, indices, batch_size=batch_size, threads=threads, threshold=threshold, progress=progress
+        runner, dataset, indices, batch_size=batch_size, threads=threads, threshold=threshold, progress=progress
     )
+    seconds = time.perf_counter() - began
     settings = {
         "model": to_dict(model.config),
         "score_threshold": model.config.inference.score_threshold if threshold is None else threshold,
         "batch_size": batch_size,
         "limit": limit,
+        "multi_scale": multi_scale,
+        "passes": passes,
+        "seconds_per_image": seconds / max(1, len(indices)),
     }
-    return evaluate_detections(dataset, detections, metric, settings=settings)
+    if server is not None:
+        ids = [dataset[index].image_id for index in indices]
+        server.write(ids, [detections[index] for index in indices], dataset.class_names)
+    if measurable:
+        return evaluate_detections(dataset, detections, metric, settings=settings)
+    return _report(dataset, detections, metric, settings)
 
 
 def collect_detections(
@@ -333,25 +373,44 @@ def evaluate_detections(
         figures = {"mAP": voc.mean}
         curves = [voc.curve(label) for label in range(len(names))]
 
-    return Report(
-        metric=metric,
+    return replace(
+        _report(dataset, by_index, metric, settings),
         figures=figures,
         per_class=dict(zip(names, average_precision.tolist(), strict=True)),
         objects=dict(zip(names, positives.tolist(), strict=True)),
+        curves={name: curve for name, curve, count in zip(names, curves, positives, strict=True) if count},
+    )
+
+
+def _report(
+    dataset: DetectionDataset,
+    detections: Mapping[int, Detections],
+    metric: Metric,
+    settings: Mapping[str, Any] | None,
+) -> Report:
+    """What was found, without any figure."""
+    indices = sorted(detections)
+    return Report(
+        metric=metric,
+        figures={},
+        per_class={},
+        objects={},
         images=len(indices),
         split=dataset.split,
         data=_data_name(dataset),
         settings=dict(settings or {}),
-        curves={name: curve for name, curve, count in zip(names, curves, positives, strict=True) if count},
-        detections=found,
-        image_ids=ids,
+        curves={},
+        detections=[detections[index] for index in indices],
+        image_ids=[dataset[index].image_id for index in indices],
         category_ids=dataset.category_ids,
     )
 
 
-def _open(path: str | Path, split: str | None, class_names: Sequence[str]) -> DetectionDataset:
+def _open(
+    path: str | Path, split: str | None, class_names: Sequence[str], *, require_annotations: bool
+) -> DetectionDataset:
     try:
-        return open_dataset(path, split, class_names=class_names)
+        return open_dataset(path, split, class_names=class_names, require_annotations=require_annotations)
     except UsageError:
         raise
     except RefineDetError as error:

@@ -1,0 +1,169 @@
+"""Results files for the servers of PASCAL VOC and COCO, whose test annotations are not public.
+
+VOC: an archive of ``results/VOC2012/Main/comp4_det_test_<class>.txt``, the devkit's layout; a line is ``image_id score
+xmin ymin xmax ymax``, corners 1-based with the last pixel included. COCO: ``detections_<split>_<name>_results.json``,
+also as a zip archive, a list of image_id, category_id, bbox (x, y, width, height) and score.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from refinedet.data.dataset import DetectionDataset
+from refinedet.detections import Detections
+from refinedet.errors import UsageError
+
+_VOC_ENDINGS = (".zip", ".tar.gz", ".tgz")
+_COCO_ENDINGS = (".zip", ".json")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Where and in which form results are written; made by ``plan_submission`` before the work begins."""
+
+    path: Path
+    """The file to write."""
+    form: str
+    """"voc" or "coco"."""
+    inner: str
+    """VOC: path of the files in the archive up to the class name; COCO: name of the JSON file."""
+    category_ids: tuple[int, ...] | None = None
+    """COCO's category id of each label."""
+
+    def write(
+        self, image_ids: Sequence[int | str], detections: Sequence[Detections], class_names: Sequence[str]
+    ) -> Path:
+        """Write the results of all images.
+
+        Args:
+            image_ids: id of each image.
+            detections: what was found in each, clipped to it.
+            class_names: C names in label order.
+
+        Returns:
+            The file.
+
+        Raises:
+            RefineDetError: it cannot be written; a file that was there before is still there.
+        """
+        from refinedet.training.checkpoint import write_atomically
+
+        def files() -> Iterator[tuple[str, Iterator[str]]]:
+            if self.form == "coco":
+                yield self.inner, _coco_text(image_ids, detections, self.category_ids)
+                return
+            for label, name in enumerate(class_names):
+                yield f"{self.inner}{name}.txt", _voc_lines(image_ids, detections, label)
+
+        name = self.path.name.lower()
+        writer = _write_text if name.endswith(".json") else _write_zip if name.endswith(".zip") else _write_tar
+        write_atomically(self.path, lambda aside: writer(aside, files()))
+        return self.path
+
+
+def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) -> Submission:
+    """Check, before hours of work, that results of this data can be written to that file.
+
+    Args:
+        path: for VOC .zip, .tar.gz or .tgz; for COCO .zip or .json.
+        dataset: the data, of one split.
+        metric: "voc07" or "voc" for VOC's server, "coco" for COCO's.
+
+    Raises:
+        UsageError: an ending that the server does not take, a folder, data of another layout than the server's, a
+            metric of the other server, or several VOC years at once.
+    """
+    path = Path(path).expanduser()
+    if dataset.format == "yolo":
+        raise UsageError(f"{dataset.path}: there is no server for data in YOLO's layout; --report saves all detections")
+    if (metric == "coco") != (dataset.format == "coco"):
+        wanted = "--metric coco" if dataset.format == "coco" else "--metric voc"
+        raise UsageError(f"{dataset.path}: results of {dataset.format.upper()} data go with {wanted}, not '{metric}'")
+    endings = _COCO_ENDINGS if dataset.format == "coco" else _VOC_ENDINGS
+    ending = next((end for end in endings if path.name.lower().endswith(end)), None)
+    if ending is None:
+        raise UsageError(
+            f"{path}: results for the {dataset.format.upper()} server are a file that ends in {' or '.join(endings)}"
+        )
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; give the name of a file")
+    if dataset.format == "coco":
+        name = path.name[: -len(ending)]
+        if not re.fullmatch(r"detections_.+_results", name):
+            name = f"detections_{_coco_split(dataset)}_{name}_results"
+        return Submission(path, "coco", f"{name}.json", dataset.category_ids)
+    years = sorted({record.image_path.absolute().parent.parent.name for record in dataset.records})
+    if len(years) != 1:
+        raise UsageError(
+            f"{dataset.path}: results are of one year, but the split is in {', '.join(years)}; "
+            f"name one, as in --split {years[-1].removeprefix('VOC')}:test"
+        )
+    split = (dataset.split or "all").rpartition(":")[2]
+    return Submission(path, "voc", f"results/{years[0]}/Main/comp4_det_{split}_")
+
+
+def _coco_split(dataset: DetectionDataset) -> str:
+    """The name that COCO has for the split: test-dev2017 and the like."""
+    name = dataset.split or (dataset.path.stem if dataset.path.is_file() else "all")
+    return name.removeprefix("image_info_").removeprefix("instances_")
+
+
+def _voc_lines(image_ids: Sequence[int | str], detections: Sequence[Detections], label: int) -> Iterator[str]:
+    for image_id, found in zip(image_ids, detections, strict=True):
+        of_class = found.labels == label
+        if not of_class.any():
+            continue
+        width, height = found.image_size
+        # Detections lie in the image already; what is thinner than a pixel becomes the pixel that it lies on, since
+        # inclusive corners cannot say less.
+        limit = np.array([width, height], dtype=np.float64)
+        first = np.clip(found.boxes[of_class, :2].astype(np.float64) + 1.0, 1.0, limit)
+        last = np.clip(np.maximum(found.boxes[of_class, 2:], first), 1.0, limit)
+        for score, (xmin, ymin), (xmax, ymax) in zip(found.scores[of_class], first, last, strict=True):
+            yield f"{image_id} {score:.8f} {xmin:.3f} {ymin:.3f} {xmax:.3f} {ymax:.3f}\n"
+
+
+def _coco_text(
+    image_ids: Sequence[int | str], detections: Sequence[Detections], category_ids: Sequence[int] | None
+) -> Iterator[str]:
+    before = "["
+    for image_id, found in zip(image_ids, detections, strict=True):
+        for item in found.to_coco(image_id, category_ids):
+            yield before + json.dumps(item, allow_nan=False)
+            before = ",\n"
+    yield "]\n" if before != "[" else "[]\n"
+
+
+# Each writer takes (name, pieces of text); only the lines of one VOC class are ever held as a whole.
+
+
+def _write_text(path: Path, files: Iterator[tuple[str, Iterator[str]]]) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        for _, text in files:
+            stream.writelines(text)
+
+
+def _write_zip(path: Path, files: Iterator[tuple[str, Iterator[str]]]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files:
+            with archive.open(name, "w", force_zip64=True) as stream:
+                for piece in text:
+                    stream.write(piece.encode())
+
+
+def _write_tar(path: Path, files: Iterator[tuple[str, Iterator[str]]]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files:
+            data = "".join(text).encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
