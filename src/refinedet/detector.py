@@ -18,7 +18,8 @@ from refinedet.config import ModelConfig, from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.media import read_image
-from refinedet.model.backbones import backbone_level_sizes
+from refinedet.model.anchors import level_sizes
+from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork
 from refinedet.model.postprocess import postprocess
 from refinedet.preprocess import preprocess
@@ -70,7 +71,11 @@ class RefineDet:
     @property
     def num_anchors(self) -> int:
         """Anchors at the config's image size."""
-        sizes = backbone_level_sizes(self.network.backbone, *self.config.image_size)
+        sizes = level_sizes(*self.config.image_size)
+        if self.config.backbone == "timm":
+            # Only timm's networks have maps of other sizes than the strides say.
+            assert isinstance(self.network.backbone, TimmBackbone)
+            sizes = self.network.backbone.level_sizes(*self.config.image_size)
         return sum(rows * columns for rows, columns in sizes) * len(self.config.aspect_ratios)
 
     @property

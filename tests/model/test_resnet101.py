@@ -162,9 +162,9 @@ def test_heads_have_biases_and_transfer_blocks_have_none() -> None:
     names = set(meta(OFFICIAL).state_dict())
     for head in ("arm", "odm"):
         assert {f"{head}.0.offsets.bias", f"{head}.0.logits.bias", f"{head}.3.block.branch1.weight"} <= names
-    assert not any(
-        name.endswith("bias") and "norm" not in name and name.startswith("tcb") for name in names
-    ), "batch norm has the bias"
+    assert not any(name.endswith("bias") and "norm" not in name and name.startswith("tcb") for name in names), (
+        "batch norm has the bias"
+    )
     assert "tcb.2.deconv_norm.weight" in names
 
 

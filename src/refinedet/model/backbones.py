@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from refinedet.config import BackboneName, ModelConfig
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.model.anchors import level_sizes
 
 
 class L2Norm(nn.Module):
@@ -328,13 +327,6 @@ def build_backbone(config: ModelConfig) -> Backbone:
         frozen_stages=config.frozen_stages,
         layout=config.backbone_layout,
     )
-
-
-def backbone_level_sizes(backbone: Backbone, height: int, width: int) -> list[tuple[int, int]]:
-    """Rows and columns of the four maps of that backbone for an input whose sides are multiples of 64."""
-    if isinstance(backbone, TimmBackbone):
-        return backbone.level_sizes(height, width)
-    return level_sizes(height, width)
 
 
 def imagenet_state(config: ModelConfig) -> Mapping[str, Tensor]:
