@@ -193,7 +193,7 @@ def test_the_loss_falls(changes: dict[str, Any]) -> None:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 10.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert sum(losses[-3:]) < 0.7 * sum(losses[:3]), losses
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
     assert all(p.grad is not None for p in network.parameters()), "every parameter takes part"
 
 
