@@ -25,12 +25,12 @@ from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.report import Report, collect_detections, evaluate_detections
 from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
-from refinedet.model.backbones import torchvision_state
+from refinedet.model.backbones import imagenet_state
 from refinedet.training.batches import Batch, training_batches
 from refinedet.training.card import model_card
 from refinedet.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from refinedet.training.distributed import World, join_world
-from refinedet.training.loss import RefineDetLoss
+from refinedet.training.loss import RefineDetLoss, set_background_prior
 from refinedet.training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
 
 CONFIG_FILE, CHECKPOINT_FILE, METRICS_FILE = "config.json", "last.ckpt", "metrics.csv"
@@ -106,6 +106,8 @@ def train(
         preset = dataclasses.replace(preset, model=model_config)
         torch.manual_seed(preset.train.seed)
         model = RefineDet(model_config, dataset.class_names)
+        if preset.train.loss.classification == "focal":
+            set_background_prior(model.network)
         source = _initialise(model, backbone_weights, init)
         config = RunConfig(preset, tuple(str(Path(p).expanduser()) for p in paths), dataset.class_names, source)
         if world.is_main:
@@ -183,7 +185,7 @@ def _initialise(model: RefineDet, backbone_weights: str | Path | None, init: str
     if backbone_weights == "random":
         return "random"
     if backbone_weights is None or backbone_weights == "torchvision":
-        model.network.backbone.load_imagenet(torchvision_state(model.config.backbone), "torchvision")
+        model.network.backbone.load_imagenet(imagenet_state(model.config), "torchvision")
         return "torchvision"
     path = Path(backbone_weights).expanduser()
     if path.suffix in (".pth", ".pt"):
