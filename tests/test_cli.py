@@ -19,7 +19,7 @@ from refinedet.config import PRESETS, ModelConfig
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError
 
-VERBS = ("train", "evaluate", "predict", "inspect", "models")
+VERBS = ("train", "evaluate", "predict", "inspect", "ablate", "benchmark", "convert", "models")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
