@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ Arrays = dict[str, np.ndarray]
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def numbers(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 numbers that depend on the key only; kernels keep the size of what goes through them."""
+    """float32 numbers that depend on the key only, not to be changed; kernels keep the size of what goes through them."""
     rng = np.random.default_rng(zlib.crc32(key.encode()))
     scale = (2.0 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.2
     return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(np.float32)
@@ -305,7 +307,9 @@ def residual_layers(name: str, channels: int, widths: tuple[int, int, int]) -> d
     }  # fmt: skip
     layers: dict[str, list[np.ndarray]] = {}
     for branch, shape in shapes.items():
-        layers |= batch_normed(f"res{name}branch{branch}", f"bn{name}branch{branch}", f"scale{name}branch{branch}", shape)
+        layers |= batch_normed(
+            f"res{name}branch{branch}", f"bn{name}branch{branch}", f"scale{name}branch{branch}", shape
+        )
     return layers
 
 
