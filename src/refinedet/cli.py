@@ -57,6 +57,8 @@ class TrainCall:
     """Folders or files of annotated images: Pascal VOC, COCO JSON or YOLO; several are trained on together."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Run folder for config, metrics, weights and checkpoints (default: runs/PRESET)."""
+    max_iterations: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Stop after so many iterations, whatever --iterations says."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Continue the training of this run folder; goes with no other flag but --device."""
     init_weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = "torchvision"
@@ -170,6 +172,50 @@ class ConvertCall:
 
 
 @dataclass(kw_only=True)
+class AblateCall:
+    """Train and evaluate the four variants of the paper's Table 2 under equal conditions.
+
+    The flags are those of refinedet train; a preset may come first (default: voc07-320-vgg16). Each variant has its
+    run folder in --out. The same command given again goes on where it was stopped, and prints the table at the end.
+    """
+
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET")] = ""
+    """Where the defaults come from; `refinedet models` lists them."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA...")] = ()
+    """Folders or files of annotated images: Pascal VOC, COCO JSON or YOLO; several are trained on together."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("runs/ablations")
+    """Folder for the run folders and table.md."""
+    init_weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = "torchvision"
+    """ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download, or 'random'."""
+    class_names: Annotated[str | None, tyro.conf.arg(metavar="A,B,...")] = None
+    """Names separated by commas, in the order of their labels (default: those of the data)."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    """Training."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+
+
+@dataclass(kw_only=True)
+class BenchmarkCall:
+    """Measure speed at batch 1: frames per second, number of boxes, and milliseconds of each step."""
+
+    weights: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+    """A model in the box, a run folder, a folder of weights, a hub id, or a preset, with random weights."""
+    image: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """An image to measure on (default: noise of 500x375)."""
+    runs: int = 50
+    """Timed runs."""
+    warmup: int = 10
+    """Runs before them that do not count."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """CPU threads (default: torch's choice)."""
+    device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
 class ModelsCall:
     """List the models in the box and the presets for training."""
 
@@ -232,6 +278,8 @@ def _overview() -> str:
         "predict": PredictCall,
         "inspect": InspectCall,
         "convert": ConvertCall,
+        "ablate": AblateCall,
+        "benchmark": BenchmarkCall,
         "models": ModelsCall,
     }
     lines = [
@@ -294,14 +342,14 @@ def _train(arguments: list[str]) -> int:
         raise UsageError(f"the preset comes first: refinedet train PRESET --data DATA; known: {', '.join(PRESETS)}")
     if not call.data:
         raise UsageError(f"nothing to train on: refinedet train {named} --data DATA")
-    weights: Path | str = call.init_weights
-    if weights not in ("torchvision", "random"):
-        weights = Path(weights).expanduser()
-        if not weights.is_file():
-            raise UsageError(f"{weights}: no such file; --init-weights takes a file, 'torchvision' or 'random'")
+    weights = _backbone_weights(call.init_weights)
     if call.init is not None and call.init_weights != "torchvision":
         raise UsageError("--init starts from a whole detector, --init-weights from a backbone: give one of them")
-    chosen = Preset(model=call.model, train=call.train, summary=preset.summary)
+    training = call.train
+    if call.max_iterations is not None:
+        _at_least_one("--max-iterations", call.max_iterations)
+        training = dataclasses.replace(training, iterations=min(training.iterations, call.max_iterations))
+    chosen = Preset(model=call.model, train=training, summary=preset.summary)
     out = Path("runs") / named if call.out is None else call.out.expanduser()
 
     from refinedet.training.trainer import train
@@ -316,6 +364,15 @@ def _train(arguments: list[str]) -> int:
         init=call.init,
     )
     return _trained(out)
+
+
+def _backbone_weights(given: str) -> Path | str:
+    if given in ("torchvision", "random"):
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; --init-weights takes a file, 'torchvision' or 'random'")
+    return path
 
 
 def _resume(arguments: list[str]) -> int:
@@ -643,17 +700,72 @@ def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
+def _ablate(arguments: list[str]) -> int:
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    preset = get_preset(named or "voc07-320-vgg16")
+    call = _parse(AblateCall, "ablate", arguments, AblateCall(train=preset.train, model=preset.model))
+    if call.preset != (named or ""):
+        raise UsageError("the preset comes first: refinedet ablate PRESET --data DATA")
+    if not call.data:
+        raise UsageError("nothing to train on: refinedet ablate --data DATA")
+    weights = _backbone_weights(call.init_weights)
+    names = _names(call.class_names)
+    chosen = Preset(model=call.model, train=call.train, summary=preset.summary)
+    out = call.out.expanduser()
+
+    from refinedet.ablations import TABLE_FILE, ablate, table
+
+    found = ablate(chosen, list(call.data), out=out, backbone_weights=weights, class_names=names, device=call.device)
+    if os.environ.get("RANK", "0") == "0":
+        text = table(found, chosen)
+        try:
+            (out / TABLE_FILE).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RefineDetError(f"{out / TABLE_FILE}: cannot be written ({error.strerror})") from None
+        print(text, end="")
+    return 0
+
+
+def _benchmark(arguments: list[str]) -> int:
+    call = _parse(BenchmarkCall, "benchmark", arguments)
+    _at_least_one("--runs", call.runs)
+    if call.warmup < 0:
+        raise UsageError(f"--warmup must not be negative, not {call.warmup}")
+    if call.threads is not None:
+        _at_least_one("--threads", call.threads)
+
+    from refinedet.media import read_image
+
+    image = None if call.image is None else read_image(call.image)
+
+    import torch
+
+    from refinedet.benchmark import measure_speed
+    from refinedet.detector import RefineDet
+    from refinedet.training.distributed import pick_device
+
+    if call.threads is not None:
+        torch.set_num_threads(call.threads)
+    device = pick_device(call.device)
+    if call.weights in PRESETS and refinedet.weights.folder_of(call.weights) is None:
+        model = RefineDet(PRESETS[call.weights].model).to(device)
+    else:
+        model = RefineDet.from_pretrained(call.weights, device=device)
+    print(measure_speed(model, image, runs=call.runs, warmup=call.warmup).table())
+    return 0
+
+
 def _models(arguments: list[str]) -> int:
     _parse(ModelsCall, "models", arguments)
     boxed = refinedet.weights.names()
     print("Models in the box (refinedet predict NAME photo.jpg):")
     for name in boxed:
-        print(f"  {name:<26}{_measured(name)}")
+        print(f"  {name:<28}{_measured(name)}")
     if not boxed:
         print("  none")
     print("\nPresets (refinedet train NAME --data DATA):")
     for name, preset in PRESETS.items():
-        print(f"  {name:<26}{preset.summary}")
+        print(f"  {name:<28}{preset.summary}")
     return 0
 
 
@@ -676,5 +788,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "inspect": _inspect,
     "convert": _convert,
+    "ablate": _ablate,
+    "benchmark": _benchmark,
     "models": _models,
 }

@@ -18,7 +18,9 @@ from typing import Any, Literal, TypeVar
 
 from refinedet.errors import RefineDetError, UsageError
 
-BackboneName = Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101"]
+BackboneName = Literal[
+    "vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "timm"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,15 @@ class ModelConfig:
     """The network and everything its weights depend on, input normalisation included."""
 
     backbone: BackboneName = "vgg16"
-    """Feature extractor; taps at strides 8, 16, 32 and 64."""
+    """Feature extractor; taps at strides 8, 16, 32 and 64. "timm" takes the network that ``timm_name`` names."""
+    timm_name: str = ""
+    """With backbone "timm": a timm model with feature maps of stride 8, 16 and 32, such as "inception_resnet_v2"."""
+    backbone_layout: Literal["torchvision", "caffe"] = "torchvision"
+    """Of ResNet-50 and -101. "caffe": stride 2 on the first 1x1 convolution of a stage instead of its 3x3 one, and a
+    first pooling without padding that rounds up, as Caffe's ImageNet weights and the official code have it."""
+    prediction_blocks: bool = False
+    """A residual block (256, 256, 1024, with projection) before every ARM and ODM head (official ResNet-101 code; not
+    in the paper)."""
     num_classes: int = 20
     """Object classes, background not counted."""
     image_size: tuple[int, int] = (320, 320)
@@ -68,6 +78,15 @@ class ModelConfig:
     """Side of the transfer connection blocks' deconvolution: 2 (official code), 3 (the dd604 port) or 4 (figure 2)."""
     fc6_dilation: int = 3
     """Dilation of VGG-16's fc6: 3 (official code) or 6 (SSD and some ports); no effect on other backbones."""
+    tcb_attention: bool = False
+    """Squeeze-and-excitation attention over the channels that a transfer connection block puts out (the paper,
+    section 6, names attention as future work)."""
+    tcb: bool = True
+    """False cuts the transfer connection blocks and the ARM: one multi-class head on each map of the backbone, as in
+    SSD (paper, Table 2, last column)."""
+    two_step: bool = True
+    """False lets the ODM start from the tiled anchors instead of the refined ones; the ARM still filters (paper,
+    Table 2, "two-step cascaded regression")."""
     backbone_norm: Literal["batch", "frozen"] = "batch"
     """"frozen" keeps the backbone's batch-norm statistics and scales as they were imported; no effect on VGG-16."""
     frozen_stages: int = 0
@@ -88,6 +107,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
+        timm = self.backbone == "timm"
+        _require(bool(self.timm_name) == timm, "timm_name", self.timm_name, "given with the backbone 'timm', and only")
+        _require(
+            self.backbone_layout == "torchvision" or self.backbone in ("resnet50", "resnet101"),
+            "backbone_layout",
+            self.backbone_layout,
+            f"'torchvision' for the backbone {self.backbone}",
+        )
+        _require(not timm or self.backbone_norm == "batch", "backbone_norm", self.backbone_norm, "'batch' with timm")
+        _require(not timm or self.frozen_stages == 0, "frozen_stages", self.frozen_stages, "0 with timm")
+        _require(self.tcb or not self.tcb_attention, "tcb_attention", self.tcb_attention, "False without tcb")
         height, width = self.image_size
         _require(
             height >= 64 and width >= 64 and height % 64 == 0 and width % 64 == 0,
@@ -156,6 +186,13 @@ class LossConfig:
     """The same for the ODM, on refined anchors."""
     negatives_per_positive: float = 3.0
     """Hard negatives kept for each positive of an image (paper, section 4)."""
+    classification: Literal["mining", "focal"] = "mining"
+    """Cross-entropy over positives and hard negatives (the paper), or focal loss over all anchors that are neither
+    ignored nor filtered (named by the paper, section 5.3; Lin et al., "Focal Loss for Dense Object Detection")."""
+    focal_gamma: float = 2.0
+    """How much focal loss turns away from easy anchors; 0, or at least 1."""
+    focal_alpha: float = 0.25
+    """Weight of objects in focal loss; background weighs 1 - alpha."""
 
     def __post_init__(self) -> None:
         for name in ("arm", "odm"):
@@ -165,6 +202,9 @@ class LossConfig:
         _require(
             self.negatives_per_positive >= 0, "negatives_per_positive", self.negatives_per_positive, "not negative"
         )
+        # Between 0 and 1 the slope of (1 - p) ** gamma is infinite at p = 1, where easy anchors end up.
+        _require(self.focal_gamma == 0 or self.focal_gamma >= 1, "focal_gamma", self.focal_gamma, "0 or at least 1")
+        _require(0 < self.focal_alpha < 1, "focal_alpha", self.focal_alpha, "in (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,26 +334,125 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
 
 
 _VOC07 = TrainConfig(train_split="trainval", evaluate_split="test", metric="voc07")
-"""Paper, section 5.1 (VOC 2007): 1e-3 for 80k iterations, then 20k each at 1e-4 and 1e-5, batch 32."""
-_VOC12 = dataclasses.replace(_VOC07, iterations=240_000, milestones=(160_000, 200_000), metric="voc")
-"""Paper, section 5.2 (VOC 2012): 1e-3 for 160k iterations, then 40k each at 1e-4 and 1e-5."""
+"""Paper, section 5.1 (VOC 2007): 1e-3 for 80k iterations, then 20k each at 1e-4 and 1e-5, batch 32. In a VOCdevkit that
+holds VOC2007 and VOC2012, "trainval" is the trainval of both: "07+12"."""
+_VOC12 = dataclasses.replace(
+    _VOC07,
+    iterations=240_000,
+    milestones=(160_000, 200_000),
+    metric="voc",
+    train_split="2007:trainval+2007:test+2012:trainval",
+    evaluate_split="none",
+)
+"""Paper, section 5.2 (VOC 2012): 1e-3 for 160k iterations, then 40k each at 1e-4 and 1e-5, batch 32, on "07++12". The
+annotations of VOC 2012 test are on the server only, so there is nothing to evaluate on."""
+_COCO = TrainConfig(
+    iterations=400_000, milestones=(280_000, 360_000), metric="coco", train_split="train", evaluate_split="val"
+)
+"""Paper, section 5.3 (COCO): 1e-3 for 280k iterations, then 80k at 1e-4 and 40k at 1e-5, batch 32. The images of the
+paper's trainval35k and minival are those of train2017 and val2017, which "train" and "val" find."""
+_COCO_RESNET_512 = dataclasses.replace(_COCO, batch_size=20, iterations=540_000, milestones=(400_000, 480_000))
+"""Paper, footnote 7: batch 20; 400k, 80k and 60k iterations."""
+_VOC07_FROM_COCO = dataclasses.replace(_VOC07, learning_rate=5e-5, gamma=0.2, milestones=(80_000, 120_000))
+"""Official finetune_*.py: 5e-5, times 0.2 at 80k and 120k, end at 120k. The paper (section 5.4) gives no schedule."""
+_VOC12_FROM_COCO = dataclasses.replace(
+    _VOC12, learning_rate=5e-5, gamma=0.2, iterations=160_000, milestones=(120_000, 160_000)
+)
+"""Official finetune_*.py: 5e-5, times 0.2 at 120k and 160k, end at 160k."""
+
+_VGG16 = ModelConfig()
+_RESNET101 = ModelConfig(backbone="resnet101", tcb_batch_norm=True, prediction_blocks=True)
+"""Official ResNet-101 code, which made the paper's figures, on torchvision's ImageNet weights. The paper's text has no
+prediction blocks (--model.no-prediction-blocks); Caffe's weights want backbone_layout "caffe" and their own mean."""
+
+
+def _named(model: ModelConfig, train: TrainConfig, side: int, summary: str, **changes: Any) -> Preset:
+    model = dataclasses.replace(model, image_size=(side, side), **changes)
+    return Preset(model=model, train=train, summary=summary)
+
 
 PRESETS: dict[str, Preset] = {
-    "voc07-320-vgg16": Preset(
-        model=ModelConfig(), train=_VOC07, summary="Paper, Table 1: RefineDet320, VGG-16, VOC 2007 test (80.0 mAP)"
+    "voc07-320-vgg16": _named(
+        _VGG16, _VOC07, 320, "Paper, Table 1: RefineDet320, VGG-16, VOC 2007 test (80.0 mAP); batch 32, 120k"
     ),
-    "voc07-512-vgg16": Preset(
-        model=ModelConfig(image_size=(512, 512)),
-        train=_VOC07,
-        summary="Paper, Table 1: RefineDet512, VGG-16, VOC 2007 test (81.8 mAP)",
+    "voc07-512-vgg16": _named(
+        _VGG16, _VOC07, 512, "Paper, Table 1: RefineDet512, VGG-16, VOC 2007 test (81.8 mAP); batch 32, 120k"
     ),
-    "voc12-320-vgg16": Preset(
-        model=ModelConfig(), train=_VOC12, summary="Paper, Table 1: RefineDet320, VGG-16, VOC 2012 test (78.1 mAP)"
+    "voc12-320-vgg16": _named(
+        _VGG16, _VOC12, 320, "Paper, Table 1: RefineDet320, VGG-16, VOC 2012 test (78.1 mAP); batch 32, 240k"
     ),
-    "voc12-512-vgg16": Preset(
-        model=ModelConfig(image_size=(512, 512)),
-        train=_VOC12,
-        summary="Paper, Table 1: RefineDet512, VGG-16, VOC 2012 test (80.1 mAP)",
+    "voc12-512-vgg16": _named(
+        _VGG16, _VOC12, 512, "Paper, Table 1: RefineDet512, VGG-16, VOC 2012 test (80.1 mAP); batch 32, 240k"
+    ),
+    "coco-320-vgg16": _named(
+        _VGG16,
+        _COCO,
+        320,
+        "Paper, Table 3: RefineDet320, VGG-16, COCO test-dev (29.4 AP); batch 32, 400k",
+        num_classes=80,
+    ),
+    "coco-512-vgg16": _named(
+        _VGG16,
+        _COCO,
+        512,
+        "Paper, Table 3: RefineDet512, VGG-16, COCO test-dev (33.0 AP); batch 32, 400k",
+        num_classes=80,
+    ),
+    "coco-320-resnet101": _named(
+        _RESNET101,
+        _COCO,
+        320,
+        "Paper, Table 3: RefineDet320, ResNet-101, COCO test-dev (32.0 AP); batch 32, 400k",
+        num_classes=80,
+    ),
+    "coco-512-resnet101": _named(
+        _RESNET101,
+        _COCO_RESNET_512,
+        512,
+        "Paper, Table 3: RefineDet512, ResNet-101, COCO test-dev (36.4 AP); batch 20, 540k",
+        num_classes=80,
+    ),
+    "voc07-320-vgg16-from-coco": _named(
+        _VGG16,
+        _VOC07_FROM_COCO,
+        320,
+        "Paper, Table 4: RefineDet320 from COCO (--init WEIGHTS), VOC 2007 test (84.0 mAP); batch 32, 120k",
+    ),
+    "voc07-512-vgg16-from-coco": _named(
+        _VGG16,
+        _VOC07_FROM_COCO,
+        512,
+        "Paper, Table 4: RefineDet512 from COCO (--init WEIGHTS), VOC 2007 test (85.2 mAP); batch 32, 120k",
+    ),
+    "voc12-320-vgg16-from-coco": _named(
+        _VGG16,
+        _VOC12_FROM_COCO,
+        320,
+        "Paper, Table 4: RefineDet320 from COCO (--init WEIGHTS), VOC 2012 test (82.7 mAP); batch 32, 160k",
+    ),
+    "voc12-512-vgg16-from-coco": _named(
+        _VGG16,
+        _VOC12_FROM_COCO,
+        512,
+        "Paper, Table 4: RefineDet512 from COCO (--init WEIGHTS), VOC 2012 test (85.0 mAP); batch 32, 160k",
+    ),
+    "voc07-320-resnet101": _named(
+        _RESNET101, _VOC07, 320, "RefineDet320, ResNet-101, VOC 2007 test, schedule of Table 1 (not in the paper)"
+    ),
+    "voc07-512-resnet101": _named(
+        _RESNET101,
+        dataclasses.replace(_VOC07, batch_size=20),
+        512,
+        "RefineDet512, ResNet-101, VOC 2007 test, schedule of Table 1 at batch 20 (not in the paper)",
+    ),
+    "voc12-320-resnet101": _named(
+        _RESNET101, _VOC12, 320, "RefineDet320, ResNet-101, VOC 2012 test, schedule of Table 1 (not in the paper)"
+    ),
+    "voc12-512-resnet101": _named(
+        _RESNET101,
+        dataclasses.replace(_VOC12, batch_size=20),
+        512,
+        "RefineDet512, ResNet-101, VOC 2012 test, schedule of Table 1 at batch 20 (not in the paper)",
     ),
     "voc07-320-resnet18": Preset(
         model=ModelConfig(

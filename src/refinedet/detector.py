@@ -18,6 +18,8 @@ from refinedet.config import ModelConfig, from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.media import read_image
+from refinedet.model.anchors import level_sizes
+from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork
 from refinedet.model.postprocess import postprocess
 from refinedet.preprocess import preprocess
@@ -69,9 +71,12 @@ class RefineDet:
     @property
     def num_anchors(self) -> int:
         """Anchors at the config's image size."""
-        height, width = self.config.image_size
-        cells = sum((height // stride) * (width // stride) for stride in (8, 16, 32, 64))
-        return cells * len(self.config.aspect_ratios)
+        sizes = level_sizes(*self.config.image_size)
+        if self.config.backbone == "timm":
+            # Only timm's networks have maps of other sizes than the strides say.
+            assert isinstance(self.network.backbone, TimmBackbone)
+            sizes = self.network.backbone.level_sizes(*self.config.image_size)
+        return sum(rows * columns for rows, columns in sizes) * len(self.config.aspect_ratios)
 
     @property
     def device(self) -> torch.device:

@@ -23,7 +23,7 @@ Arrays = dict[str, np.ndarray]
 
 @cache
 def numbers(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 numbers that depend on the key only, not to be changed; kernels keep the size of what goes through them."""
+    """float32 numbers that depend on the key only, not to be changed; kernels keep the size of their input."""
     rng = np.random.default_rng(zlib.crc32(key.encode()))
     scale = (2.0 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.2
     return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(np.float32)

@@ -125,7 +125,7 @@ def test_official_vgg16(caffe_vgg: tuple[Path, Blobs]) -> None:
 def test_official_vgg16_for_coco_at_512_in_the_old_format(tmp_path: Path) -> None:
     layers = formats.caffe_vgg_layers(80)
     path = formats.write_caffemodel(tmp_path / "coco.caffemodel", layers, v1=True, legacy=True, packed=False)
-    imported = import_weights(path, PRESETS["voc07-512-vgg16"].model)
+    imported = import_weights(path, PRESETS["coco-512-vgg16"].model)
     assert imported.config.num_classes == 80
     assert imported.config.image_size == (512, 512)
     assert_values(imported, layers)
@@ -375,11 +375,7 @@ def test_frozen_norms_are_filled(tmp_path: Path) -> None:
     assert torch.equal(imported.network.state_dict()["backbone.bn1.weight"], state["bn1.weight"])
 
 
-needs_caffe_layout = pytest.mark.skipif(
-    "backbone_layout" not in {field.name for field in dataclasses.fields(ModelConfig)},
-    reason="no network of Caffe's ResNet layout",
-)
-RESNET = dataclasses.replace(ModelConfig(), backbone="resnet101", tcb_batch_norm=True)
+RESNET = PRESETS["coco-320-resnet101"].model
 
 
 def assert_normed(own: dict[str, Tensor], ours: str, norm: str, keys: tuple[str, str, str], layers: Blobs) -> None:
@@ -392,7 +388,6 @@ def assert_normed(own: dict[str, Tensor], ours: str, norm: str, keys: tuple[str,
     np.testing.assert_array_equal(own[f"{norm}.bias"].numpy(), scale[1])
 
 
-@needs_caffe_layout
 def test_caffe_resnet101_of_imagenet(tmp_path: Path) -> None:
     layers = formats.kaiming_layers()
     path = formats.write_caffemodel(tmp_path / "ResNet-101-model.caffemodel", layers)
@@ -418,9 +413,8 @@ def test_caffe_resnet101_of_imagenet(tmp_path: Path) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.std()), check_dtype=False)
 
 
-@needs_caffe_layout
-@pytest.mark.parametrize("classes", [80])
-def test_official_resnet101(tmp_path: Path, classes: int) -> None:
+def test_official_resnet101(tmp_path: Path) -> None:
+    classes = 80
     layers = formats.caffe_resnet_layers(classes)
     path = formats.write_caffemodel(tmp_path / "coco_refinedet_resnet101_320x320.caffemodel", layers)
     imported = import_weights(path, RESNET)
@@ -435,11 +429,11 @@ def test_official_resnet101(tmp_path: Path, classes: int) -> None:
         ("tcb.3.conv2", "tcb.3.norm2", ["TL6_2", "TL6_2_bn", "TL6_2_scale"]),
         ("tcb.2.conv3", "tcb.2.norm3", ["P5", "P5_bn", "P5_scale"]),
         (
-            "arm_blocks.1.branch1", "arm_blocks.1.branch1_bn",
+            "arm.1.block.branch1", "arm.1.block.branch1_bn",
             [f"{kind}res4b22_relu_inter_branch1" for kind in ("res", "bn", "scale")],
         ),
         (
-            "odm_blocks.3.branch2c", "odm_blocks.3.branch2c_bn",
+            "odm.3.block.branch2c", "odm.3.block.branch2c_bn",
             [f"{kind}P6_inter_branch2c" for kind in ("res", "bn", "scale")],
         ),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Feature extractors: VGG-16 with a convolutional fc6/fc7, and the ResNets (paper, section 4 "Network architecture").
+"""Feature extractors (paper, section 4 "Backbone Network"): VGG-16 with a convolutional fc6/fc7, the ResNets, timm's.
 
 A backbone maps images (B, 3, H, W) to four feature maps at strides 8, 16, 32 and 64. Parameter names follow
 torchvision's where torchvision has the layer, so that its ImageNet weights load by name.
@@ -6,8 +6,9 @@ torchvision's where torchvision has the layer, so that its ImageNet weights load
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torchvision
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refinedet.config import BackboneName, ModelConfig
-from refinedet.errors import RefineDetError
+from refinedet.errors import RefineDetError, UsageError
 
 
 class L2Norm(nn.Module):
@@ -139,13 +140,17 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 class ExtraResidual(nn.Module):
-    """res6: one bottleneck of stride 2 with a projection (official AddExtraLayers: 128, 128, 512)."""
+    """A bottleneck with a projection, new to the network: res6 and the official prediction blocks.
 
-    def __init__(self, channels: int, width: int = 128, out_channels: int = 512) -> None:
+    Source: official ResBody with use_branch1; res6 is 128, 128, 512 of stride 2 (AddExtraLayers), a prediction block
+    256, 256, 1024 of stride 1. The stride is on both 1x1 convolutions that come first.
+    """
+
+    def __init__(self, channels: int, width: int = 128, out_channels: int = 512, *, stride: int = 2) -> None:
         super().__init__()
-        self.branch1 = nn.Conv2d(channels, out_channels, 1, stride=2, bias=False)
+        self.branch1 = nn.Conv2d(channels, out_channels, 1, stride=stride, bias=False)
         self.branch1_bn = nn.BatchNorm2d(out_channels)
-        self.branch2a = nn.Conv2d(channels, width, 1, stride=2, bias=False)
+        self.branch2a = nn.Conv2d(channels, width, 1, stride=stride, bias=False)
         self.branch2a_bn = nn.BatchNorm2d(width)
         self.branch2b = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.branch2b_bn = nn.BatchNorm2d(width)
@@ -154,26 +159,44 @@ class ExtraResidual(nn.Module):
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to (B, out_channels, ceil(H / 2), ceil(W / 2))."""
+        """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         y = F.relu(self.branch2a_bn(self.branch2a(x)))
         y = F.relu(self.branch2b_bn(self.branch2b(y)))
         return F.relu(self.branch1_bn(self.branch1(x)) + self.branch2c_bn(self.branch2c(y)))
 
 
 class ResNet(nn.Module):
-    """A torchvision ResNet without its classifier, and res6. Taps: layer2, layer3, layer4, res6, after ReLU."""
+    """A torchvision ResNet or ResNeXt without its classifier, and res6.
 
-    def __init__(self, name: BackboneName, *, norm: str, frozen_stages: int) -> None:
+    Taps: layer2, layer3, layer4 and res6 after ReLU (the paper's res3b3, res4b22, res5c, res6).
+
+    Args:
+        name: which one.
+        norm: "batch" or "frozen".
+        frozen_stages: leading stages that are not trained.
+        layout: "caffe" moves each stage's stride from its first 3x3 convolution to the 1x1 one before it, and pools
+            the stem without padding, rounding up; names and shapes of the parameters stay.
+    """
+
+    def __init__(
+        self, name: BackboneName, *, norm: str = "batch", frozen_stages: int = 0, layout: str = "torchvision"
+    ) -> None:
         super().__init__()
+        self.layout = layout
         builder = {
             "resnet18": torchvision.models.resnet18,
             "resnet34": torchvision.models.resnet34,
             "resnet50": torchvision.models.resnet50,
             "resnet101": torchvision.models.resnet101,
+            "resnext101_32x8d": torchvision.models.resnext101_32x8d,
+            "resnext101_64x4d": torchvision.models.resnext101_64x4d,
         }[name]
         body = builder(weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else None)
         self.conv1, self.bn1 = body.conv1, body.bn1
         self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
+        if layout == "caffe":
+            for layer in (self.layer2, self.layer3, self.layer4):
+                layer[0].conv1.stride, layer[0].conv2.stride = layer[0].conv2.stride, (1, 1)
         width = body.fc.in_features
         self.out_channels = (width // 4, width // 2, width, 512)
         self.res6 = ExtraResidual(width)
@@ -192,7 +215,9 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) to four maps of ``out_channels`` channels."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        caffe = self.layout == "caffe"
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.max_pool2d(x, 3, stride=2, padding=0 if caffe else 1, ceil_mode=caffe)
         maps: list[Tensor] = []
         for layer in (self.layer2, self.layer3, self.layer4):
             x = layer(self.layer1(x) if not maps else x)
@@ -209,6 +234,77 @@ class ResNet(nn.Module):
         return ["res6"]
 
 
+class TimmBackbone(nn.Module):
+    """Any timm network with feature maps of stride 8, 16 and 32, and res6 for stride 64.
+
+    The maps need not halve exactly: networks that do not pad, such as Inception-ResNet-v2, give 37, 18 and 8 cells for
+    320 pixels.
+
+    Args:
+        name: what timm calls it.
+
+    Raises:
+        UsageError: timm is not installed, does not know the name, or the network has no such maps.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.body: Any = _create_timm(name, pretrained=False)
+        channels = [int(count) for count in self.body.feature_info.channels()]
+        self.res6 = ExtraResidual(channels[-1])
+        self.out_channels = (channels[0], channels[1], channels[2], 512)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) to four maps of ``out_channels`` channels."""
+        maps = list(self.body(images))
+        if any(x.ndim != 4 or x.shape[1] != count for x, count in zip(maps, self.out_channels, strict=False)):
+            raise UsageError(
+                f"the timm model gives maps of shape {tuple(maps[0].shape)}; (B, channels, H, W) is needed"
+            )
+        return [*maps, self.res6(maps[-1])]
+
+    def level_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Rows and columns of the four maps, from a run that computes shapes only."""
+        shell = copy.deepcopy(self).to("meta").eval()
+        with torch.no_grad():
+            maps = shell(torch.empty(1, 3, height, width, device="meta"))
+        return [(x.shape[-2], x.shape[-1]) for x in maps]
+
+    def load_imagenet(self, state: Mapping[str, Tensor], source: str) -> list[str]:
+        """Load timm's layout (classifier and unused layers ignored); return the names of layers that start anew."""
+        # As a list of feature maps timm calls a stage "stages_0", as a classifier "stages.0".
+        flat = {name.replace(".", "_"): tensor for name, tensor in state.items()}
+        own = self.body.state_dict()
+        given = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
+        wanted = [name for name in own if not name.endswith("num_batches_tracked")]
+        _check_layout(wanted, given, own, source)
+        for name in wanted:
+            own[name].copy_(given[name])
+        return ["res6"]
+
+
+def _create_timm(name: str, *, pretrained: bool) -> Any:
+    """The timm network reduced to its feature maps of stride 8, 16 and 32."""
+    try:
+        import timm
+    except ImportError:
+        raise UsageError("backbone 'timm' needs the package timm: pip install 'refinedet[timm]'") from None
+    try:
+        body: Any = timm.create_model(name, features_only=True)
+        strides = [int(stride) for stride in body.feature_info.reduction()]
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UsageError(f"timm has no feature maps of a model '{name}' ({reason})") from None
+    # Of several maps of one stride the last has seen most.
+    levels = [max((i for i, stride in enumerate(strides) if stride == wanted), default=-1) for wanted in (8, 16, 32)]
+    if -1 in levels:
+        raise UsageError(f"timm's '{name}' has maps of strides {strides}, but 8, 16 and 32 are needed")
+    return timm.create_model(name, features_only=True, out_indices=levels, pretrained=pretrained)
+
+
+Backbone = VGG16 | ResNet | TimmBackbone
+
+
 def _check_layout(wanted: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
     for name in wanted:
         if name not in state:
@@ -219,28 +315,56 @@ def _check_layout(wanted: list[str], state: Mapping[str, Tensor], own: Mapping[s
             )
 
 
-def build_backbone(config: ModelConfig) -> VGG16 | ResNet:
+def build_backbone(config: ModelConfig) -> Backbone:
     """The backbone that the config names, with random weights."""
     if config.backbone == "vgg16":
         return VGG16(fc6_dilation=config.fc6_dilation)
-    return ResNet(config.backbone, norm=config.backbone_norm, frozen_stages=config.frozen_stages)
+    if config.backbone == "timm":
+        return TimmBackbone(config.timm_name)
+    return ResNet(
+        config.backbone,
+        norm=config.backbone_norm,
+        frozen_stages=config.frozen_stages,
+        layout=config.backbone_layout,
+    )
 
 
-def torchvision_state(name: BackboneName) -> OrderedDict[str, Tensor]:
-    """ImageNet weights of that backbone, downloaded by torchvision (or found in its cache).
+def imagenet_state(config: ModelConfig) -> Mapping[str, Tensor]:
+    """ImageNet weights of the config's backbone, downloaded by torchvision or timm (or found in their caches).
 
     Raises:
+        UsageError: the backbone has Caffe's layout, whose weights neither has.
         RefineDetError: the download failed; the message says how to give a file instead.
     """
+    name = config.backbone
+    if config.backbone_layout == "caffe":
+        raise UsageError(
+            f"torchvision's weights of {name} are of another network than backbone_layout 'caffe': give Caffe's with "
+            f"--init-weights FILE, or say --model.backbone-layout torchvision"
+        )
+    if name == "timm":
+        # The hub's client raises HTTP, cache and name errors of its own and of two libraries.
+        try:
+            state: Mapping[str, Tensor] = _create_timm(config.timm_name, pretrained=True).state_dict()
+        except UsageError:
+            raise
+        except Exception as error:
+            raise RefineDetError(
+                f"ImageNet weights of {config.timm_name} could not be downloaded ({type(error).__name__}); give a file "
+                f"with --init-weights"
+            ) from None
+        return state
     weights = {
         "vgg16": torchvision.models.VGG16_Weights.IMAGENET1K_V1,
         "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
         "resnet34": torchvision.models.ResNet34_Weights.IMAGENET1K_V1,
         "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
         "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
+        "resnext101_32x8d": torchvision.models.ResNeXt101_32X8D_Weights.IMAGENET1K_V1,
+        "resnext101_64x4d": torchvision.models.ResNeXt101_64X4D_Weights.IMAGENET1K_V1,
     }[name]
     try:
-        state: OrderedDict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
+        state = weights.get_state_dict(progress=True, check_hash=True)
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise RefineDetError(

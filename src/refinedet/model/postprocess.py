@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refinedet import boxes as box_ops
 from refinedet.config import ModelConfig
-from refinedet.model.network import Predictions
+from refinedet.model.network import Predictions, starting_boxes
 
 
 class PaddedDetections(NamedTuple):
@@ -35,7 +35,8 @@ def postprocess(predictions: Predictions, config: ModelConfig) -> PaddedDetectio
     1. An anchor whose negative confidence in the ARM exceeds ``negative_threshold`` loses all its class scores.
     2. (anchor, class) pairs with a score above ``score_threshold`` compete; the best ``candidates`` of the image, or of
        each class, go on.
-    3. Their anchors are refined by the ARM's offsets, the result by the ODM's; neither is clipped.
+    3. Their anchors are refined by the ARM's offsets (unless the config has no two steps), the result by the ODM's;
+       neither is clipped.
     4. Greedy NMS within a class: a box that overlaps a better kept one by more than ``nms_iou`` is dropped.
     5. The best ``max_detections`` of the image stay.
 
@@ -95,8 +96,8 @@ def _decode_twice(predictions: Predictions, index: Tensor, config: ModelConfig) 
     std = torch.tensor(config.offset_std, device=index.device)
     spread = index[..., None].expand(-1, -1, 4)
     anchors = predictions.anchors.float()[index]
-    refined = box_ops.decode(predictions.arm_offsets.float().gather(1, spread), anchors, std)
-    return box_ops.decode(predictions.odm_offsets.float().gather(1, spread), refined, std)
+    start = starting_boxes(predictions.arm_offsets.float().gather(1, spread), anchors, std, config)
+    return box_ops.decode(predictions.odm_offsets.float().gather(1, spread), start, std)
 
 
 def non_maximum_suppression(boxes: Tensor, labels: Tensor, valid: Tensor, threshold: float) -> Tensor:

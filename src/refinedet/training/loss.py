@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from refinedet import boxes as box_ops
 from refinedet.config import LossConfig, ModelConfig
-from refinedet.model.network import Predictions
+from refinedet.model.network import PredictionHead, Predictions, starting_boxes
 from refinedet.training.matching import Targets, match, mine_negatives
 
 
@@ -23,9 +24,13 @@ class RefineDetLoss(nn.Module):
     * Negative anchor filtering: anchors with a negative confidence above theta leave the pool of the ODM's hard
       negatives, and only that; a positive stays a positive (official bbox_util.cpp:1096-1110).
     * Each module's sums are divided by its number of positives, at least 1; a batch without positives gives 0.
+    * Focal loss instead of mining: all candidates for mining are negatives, also in images without positives, and
+      easy anchors weigh little.
+    * Without ``two_step`` the ODM is matched on, and learns offsets from, the tiled anchors; without ``tcb`` there is
+      no ARM, and its terms are 0.
 
     Args:
-        model: offset_std, negative_threshold.
+        model: offset_std, negative_threshold, two_step, tcb.
         config: thresholds of matching and mining.
         total: applied to the (2,) counts of positives of ARM and ODM; replaces them by the counts that the sums are
             divided by. Processes that share a batch sum here and divide by their number.
@@ -36,6 +41,7 @@ class RefineDetLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config or LossConfig()
+        self.model = model
         self.negative_threshold = model.negative_threshold
         self.total = total
         self.register_buffer("offset_std", torch.tensor(model.offset_std), persistent=False)
@@ -57,16 +63,20 @@ class RefineDetLoss(nn.Module):
             odm_offsets, odm_logits = predictions.odm_offsets.float(), predictions.odm_logits.float()
             anchors = predictions.anchors.float()
             config = self.config
-            object_targets = Targets(targets.boxes, targets.labels.clamp(max=0))
-            arm = self._module_loss(
-                arm_offsets, arm_logits, anchors, object_targets, None, config.arm_positive_iou, config.arm_negative_iou
-            )
+            if self.model.tcb:
+                object_targets = Targets(targets.boxes, targets.labels.clamp(max=0))
+                arm = self._module_loss(
+                    arm_offsets, arm_logits, anchors, object_targets, None, config.arm_positive_iou,
+                    config.arm_negative_iou,
+                )  # fmt: skip
+            else:
+                arm = (anchors.new_zeros(()),) * 3
             with torch.no_grad():
-                refined_anchors = box_ops.decode(arm_offsets, anchors, self.offset_std)
+                start = starting_boxes(arm_offsets, anchors, self.offset_std, self.model)
                 # P(object) >= 1 - theta rather than P(background) <= theta: near 1 float32 has no digits left.
                 passes = arm_logits.softmax(dim=-1)[..., 0] >= 1.0 - self.negative_threshold
             odm = self._module_loss(
-                odm_offsets, odm_logits, refined_anchors, targets, passes, config.odm_positive_iou,
+                odm_offsets, odm_logits, start, targets, passes, config.odm_positive_iou,
                 config.odm_negative_iou,
             )  # fmt: skip
             positives = torch.stack([arm[2], odm[2]]).float()
@@ -103,7 +113,10 @@ class RefineDetLoss(nn.Module):
             candidates = ~positive & (matched.overlap < negative_iou)
             if passes is not None:
                 candidates &= passes
-            negative = mine_negatives(background_loss, candidates, positive, self.config.negatives_per_positive)
+            if self.config.classification == "focal":
+                negative = candidates
+            else:
+                negative = mine_negatives(background_loss, candidates, positive, self.config.negatives_per_positive)
         index = matched.target.clamp(min=0)
         if targets.labels.shape[1] == 0:
             labels = torch.full_like(index, background)
@@ -112,6 +125,10 @@ class RefineDetLoss(nn.Module):
             labels = torch.where(positive, targets.labels.gather(1, index), background)
             target_boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        if self.config.classification == "focal":
+            alpha = torch.where(positive, self.config.focal_alpha, 1.0 - self.config.focal_alpha)
+            # 1 - exp(-x) as -expm1(-x): an easy anchor's cross-entropy is far below the last digit of 1.
+            cross_entropy = alpha * (-torch.expm1(-cross_entropy)) ** self.config.focal_gamma * cross_entropy
         # where() and not a product: the loss of an anchor that does not count may be inf, and inf * 0 is NaN.
         classification = torch.where(positive | negative, cross_entropy, 0.0).sum()
         wanted = box_ops.encode(target_boxes, anchors, self.offset_std)
@@ -120,3 +137,22 @@ class RefineDetLoss(nn.Module):
         )
         localization = torch.where(positive[..., None], distance, 0.0).sum()
         return classification, localization, positive.sum()
+
+
+@torch.no_grad()
+def set_background_prior(network: nn.Module, probability: float = 0.99) -> None:
+    """Let every untrained head begin with that confidence in background.
+
+    Focal loss sums over thousands of negatives from the first iteration on; without this their sum is so large that
+    training diverges (Lin et al., section 3.3).
+
+    Args:
+        network: with ``PredictionHead``s of several logits per anchor.
+        probability: softmax score of background where the other logits are equal.
+    """
+    for head in network.modules():
+        if isinstance(head, PredictionHead) and head.logits.bias is not None:
+            classes = head.logits_per_anchor - 1
+            bias = head.logits.bias.view(-1, head.logits_per_anchor)
+            bias.zero_()
+            bias[:, -1] = math.log(probability / (1 - probability) * classes)

@@ -25,12 +25,12 @@ from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.report import Report, collect_detections, evaluate_detections
 from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
-from refinedet.model.backbones import torchvision_state
+from refinedet.model.backbones import imagenet_state
 from refinedet.training.batches import Batch, training_batches
 from refinedet.training.card import model_card
 from refinedet.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from refinedet.training.distributed import World, join_world
-from refinedet.training.loss import RefineDetLoss
+from refinedet.training.loss import RefineDetLoss, set_background_prior
 from refinedet.training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
 from refinedet.weights.transfer import Transfer, adopt_config, transfer_classes
 
@@ -115,6 +115,8 @@ def train(
         preset = dataclasses.replace(preset, model=model_config)
         torch.manual_seed(preset.train.seed)
         model = RefineDet(model_config, dataset.class_names)
+        if preset.train.loss.classification == "focal":
+            set_background_prior(model.network)
         source, transfer = _initialise(model, backbone_weights, init, start)
         if transfer is not None and world.is_main:
             print(f"init: {transfer.summary()}")
@@ -193,7 +195,7 @@ def _initialise(
     if backbone_weights == "random":
         return "random", None
     if backbone_weights is None or backbone_weights == "torchvision":
-        model.network.backbone.load_imagenet(torchvision_state(model.config.backbone), "torchvision")
+        model.network.backbone.load_imagenet(imagenet_state(model.config), "torchvision")
         return "torchvision", None
     path = Path(backbone_weights).expanduser()
     if path.suffix in (".pth", ".pt"):

@@ -316,9 +316,6 @@ def _config_for(
     found: _Format, source: Mapping[str, Tensor], dilations: Mapping[str, int], config: ModelConfig, file: Path
 ) -> ModelConfig:
     changes: dict[str, Any] = {**found.input, **found.form}
-    unknown = set(changes) - {field.name for field in dataclasses.fields(ModelConfig)}
-    if unknown:
-        raise RefineDetError(f"{file}: {found.title} needs a network with '{sorted(unknown)[0]}'")
     if found.detector:
         arm, odm, deconv = (source[key] for key in found.heads)
         if arm.shape[0] != 4 * _ANCHORS_PER_CELL:
@@ -598,14 +595,10 @@ def _imagenet_resnets() -> list[_Format]:
                 table,
                 ignored=r"fc\.|.*num_batches_tracked$",
                 input=_IMAGENET_INPUT,
-                form={"backbone_layout": "torchvision"} if _has_layouts() and name[6:] in ("50", "101") else {},
+                form={"backbone_layout": "torchvision"},
             )
         )
     return formats
-
-
-def _has_layouts() -> bool:
-    return any(field.name == "backbone_layout" for field in dataclasses.fields(ModelConfig))
 
 
 def _caffe_convolution(target: str, target_norm: str, layer: str, norm: str, scale: str) -> _Table:
@@ -658,8 +651,8 @@ def _caffe_resnet() -> _Format:
             key = _caffe_tcb_key(part, level)
             norm = "deconv_norm" if part == "deconv" else f"norm{part[-1]}"
             table += _caffe_convolution(f"tcb.{level}.{part}", f"tcb.{level}.{norm}", key, f"{key}_bn", f"{key}_scale")
-        table += _caffe_residual(f"arm_blocks.{level}", f"{maps[level]}_inter_")
-        table += _caffe_residual(f"odm_blocks.{level}", f"P{level + 3}_inter_")
+        table += _caffe_residual(f"arm.{level}.block", f"{maps[level]}_inter_")
+        table += _caffe_residual(f"odm.{level}.block", f"P{level + 3}_inter_")
     table += _head_table(head, _CAFFE)
     return _Format(
         "an official RefineDet with ResNet-101 (Caffe)",

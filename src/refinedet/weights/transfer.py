@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from refinedet.config import ModelConfig
+from refinedet.errors import UsageError
 
 _SYNONYMS = (
     ("aeroplane", "airplane"),
@@ -23,7 +24,16 @@ _SYNONYMS = (
 """VOC's and COCO's words for the same things, where they differ by more than spaces ("dining table")."""
 _MEANING = {word: first for first, *others in _SYNONYMS for word in (first, *others)}
 
-ADOPTED = ("mean", "std", "channel_order", "resize", "offset_std", "fc6_dilation", "tcb_deconv_kernel")
+ADOPTED = (
+    "mean",
+    "std",
+    "channel_order",
+    "resize",
+    "offset_std",
+    "backbone_layout",
+    "fc6_dilation",
+    "tcb_deconv_kernel",
+)
 """Fields of the config that belong to weights and have no shape to tell them by."""
 
 
@@ -121,6 +131,14 @@ def adopt_config(config: ModelConfig, start: ModelConfig) -> tuple[ModelConfig, 
 
     Returns:
         The config, and the names of the fields that changed.
+
+    Raises:
+        UsageError: they are of different backbones.
     """
+    if config.backbone != start.backbone:
+        raise UsageError(
+            f"the model to start from has the backbone {start.backbone}, the one to train {config.backbone}; choose a "
+            f"preset of the same backbone"
+        )
     changed = tuple(name for name in ADOPTED if getattr(config, name) != getattr(start, name))
     return dataclasses.replace(config, **{name: getattr(start, name) for name in changed}), changed
