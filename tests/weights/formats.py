@@ -271,12 +271,12 @@ def resnet_convolutions() -> dict[str, tuple[int, ...]]:
 
 def batch_normed(layer: str, norm: str, scale: str, shape: tuple[int, ...]) -> dict[str, list[np.ndarray]]:
     """Blobs of a convolution without bias, its BatchNorm (sums and a factor) and its Scale."""
-    # The outputs of a deconvolution are the second side; all of ours have as many inputs.
+    # Of a deconvolution, outputs are the second side; here it has as many inputs.
     factor = np.float32(3.5)
     mean = numbers(f"{norm}/0", shape[:1]) * factor
     variance = (1 + 0.5 * np.abs(numbers(f"{norm}/1", shape[:1]))) * factor
     # Branches that end in a sum are damped, or 33 of them would blow the numbers up.
-    gamma = (0.3 if scale.endswith(("2c", "inter")) else 1.0) * (1 + numbers(f"{scale}/0", shape[:1]))
+    gamma = (0.3 if scale.endswith("2c") else 1.0) * (1 + numbers(f"{scale}/0", shape[:1]))
     return {
         layer: [numbers(f"{layer}/0", shape)],
         norm: [mean, variance, np.array([factor])],
@@ -328,7 +328,9 @@ def caffe_resnet_layers(classes: int = 80) -> dict[str, list[np.ndarray]]:
             layers |= residual_layers(f"{tap}_inter_", channels, (256, 256, 1024))
             for part, count in (("loc", 4), ("conf", outputs)):
                 key = f"res{tap}_inter_mbox_{part}"
-                layers[key] = [numbers(f"{key}/0", (3 * count, 1024, 3, 3)), numbers(f"{key}/1", (3 * count,))]
+                # What comes in is some hundred times larger than an offset.
+                kernel = np.float32(0.01) * numbers(f"{key}/0", (3 * count, 1024, 3, 3))
+                layers[key] = [kernel, numbers(f"{key}/1", (3 * count,))]
     return layers
 
 
