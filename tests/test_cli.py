@@ -251,6 +251,7 @@ def test_train_defaults_are_those_of_the_preset(name: str, trainer: list[Any]) -
 def test_train_from_a_detector(trainer: list[Any]) -> None:
     assert cli.main(["train", "smoke", "--data", "a", "--init", "voc07-320-resnet18"]) == 0
     assert trainer[0][2]["init"] == "voc07-320-resnet18"
+    assert trainer[0][2]["backbone_weights"] is None
 
 
 def test_train_resume(trainer: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

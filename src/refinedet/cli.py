@@ -64,7 +64,8 @@ class TrainCall:
     init_weights: Annotated[str, tyro.conf.arg(metavar="FILE")] = "torchvision"
     """ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download, or 'random'."""
     init: Annotated[str | None, tyro.conf.arg(metavar="WEIGHTS")] = None
-    """A detector to start from instead: a model in the box, a run folder, a folder of weights, or a hub id."""
+    """A detector to start from instead: a model in the box, a run folder, a folder of weights, or a hub id. Classes are
+    carried over by name."""
     class_names: Annotated[str | None, tyro.conf.arg(metavar="A,B,...")] = None
     """Names separated by commas, in the order of their labels (default: those of the data)."""
     device: Annotated[str, tyro.conf.arg(metavar="DEVICE")] = "auto"
@@ -154,6 +155,27 @@ class InspectCall:
     """Names separated by commas that are the only ones allowed (default: those of the data)."""
     mosaic: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Picture file for a sheet of sample images with their boxes drawn."""
+
+
+@dataclass(kw_only=True)
+class ConvertCall:
+    """Make weights of other programs into a model of ours.
+
+    What the file is shows in its keys: official RefineDet models (.caffemodel), the luuuyi and dd604 ports (.pth), and
+    ImageNet weights of VGG-16 and the ResNets from Caffe, torchvision and timm, which fill the backbone only. Mean,
+    std, channel order and the number of classes follow from the file, the input size from the preset.
+    """
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """A .caffemodel, .pth or .safetensors file; pickled code in it is never run."""
+    preset: Annotated[str, tyro.conf.arg(metavar="PRESET")]
+    """The model that the weights are for; `refinedet models` lists them."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Folder for model.safetensors, config.json and the model card."""
+    class_names: Annotated[str | None, tyro.conf.arg(metavar="A,B,...")] = None
+    """Names separated by commas, in the order of their labels (default: those of VOC for 20 classes, COCO for 80)."""
+    channel_order: Literal["rgb", "bgr"] | None = None
+    """What the network is fed, where the format's own order is not right for this file."""
 
 
 @dataclass(kw_only=True)
@@ -262,6 +284,7 @@ def _overview() -> str:
         "evaluate": EvaluateCall,
         "predict": PredictCall,
         "inspect": InspectCall,
+        "convert": ConvertCall,
         "ablate": AblateCall,
         "benchmark": BenchmarkCall,
         "models": ModelsCall,
@@ -342,7 +365,7 @@ def _train(arguments: list[str]) -> int:
         chosen,
         list(call.data),
         out=out,
-        backbone_weights=weights,
+        backbone_weights=None if call.init is not None else weights,
         class_names=_names(call.class_names),
         device=call.device,
         init=call.init,
@@ -648,6 +671,48 @@ def _inspect(arguments: list[str]) -> int:
     return 1 if any(problem.fatal for problem in health.problems) else 0
 
 
+def _convert(arguments: list[str]) -> int:
+    call = _parse(ConvertCall, "convert", arguments)
+    preset = get_preset(call.preset)
+    given = _names(call.class_names)
+    file, out = call.file.expanduser(), call.out.expanduser()
+    if not file.is_file():
+        raise UsageError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}; convert takes a weight file")
+    if (out / "model.safetensors").exists():
+        raise UsageError(f"{out}: holds a model already; choose another --out")
+    # Of a detector, the file decides the number of classes; of a backbone, the names do.
+    wanted = dataclasses.replace(preset.model, num_classes=len(given)) if given else preset.model
+
+    from refinedet.data.coco import COCO_CLASSES
+    from refinedet.data.voc import VOC_CLASSES
+    from refinedet.detector import RefineDet
+    from refinedet.weights.importers import import_card, import_weights
+
+    imported = import_weights(file, wanted, channel_order=call.channel_order)
+    count = imported.config.num_classes
+    names = given or {len(VOC_CLASSES): VOC_CLASSES, len(COCO_CLASSES): COCO_CLASSES}.get(count)
+    if given and len(given) != count:
+        raise UsageError(f"--class-names has {len(given)} names; {file} has {count} classes")
+    model = RefineDet(imported.config, names, network=imported.network)
+    model.save_pretrained(out, card=import_card(imported, file, model.class_names))
+    order = imported.config.channel_order
+    print(f"{file}: {imported.title}")
+    print(f"input: {order}, mean {_numbers(imported.config.mean)}, std {_numbers(imported.config.std)}")
+    if imported.untrained:
+        print(f"not in the file, so still random: {', '.join(imported.untrained)}")
+        following = f"refinedet train {call.preset} --init {out} --data DATA"
+    else:
+        if names is None:
+            print(f"classes: {count}, without names; give them with --class-names")
+        following = f"refinedet predict {out} photo.jpg"
+    print(f"converted: {out}  (try: {following})")
+    return 0
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
 def _ablate(arguments: list[str]) -> int:
     named = arguments[0] if arguments and not arguments[0].startswith("-") else None
     preset = get_preset(named or "voc07-320-vgg16")
@@ -735,6 +800,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "inspect": _inspect,
+    "convert": _convert,
     "ablate": _ablate,
     "benchmark": _benchmark,
     "models": _models,

@@ -83,6 +83,10 @@ class ModelConfig:
     """Channels of the transfer connection blocks and of the ODM's feature maps (paper, figure 2)."""
     tcb_batch_norm: bool = False
     """Batch normalisation in the transfer connection blocks (official code: off for VGG-16, on for ResNet)."""
+    tcb_deconv_kernel: int = 2
+    """Side of the transfer connection blocks' deconvolution: 2 (official code), 3 (the dd604 port) or 4 (figure 2)."""
+    fc6_dilation: int = 3
+    """Dilation of VGG-16's fc6: 3 (official code) or 6 (SSD and some ports); no effect on other backbones."""
     tcb_attention: bool = False
     """Squeeze-and-excitation attention over the channels that a transfer connection block puts out (the paper,
     section 6, names attention as future work)."""
@@ -140,6 +144,8 @@ class ModelConfig:
         )
         _require(min(self.offset_std) > 0, "offset_std", self.offset_std, "positive")
         _require(self.tcb_channels >= 1, "tcb_channels", self.tcb_channels, "at least 1")
+        _require(self.tcb_deconv_kernel in (2, 3, 4), "tcb_deconv_kernel", self.tcb_deconv_kernel, "2, 3 or 4")
+        _require(self.fc6_dilation >= 1, "fc6_dilation", self.fc6_dilation, "at least 1")
         _require(0 <= self.frozen_stages <= 5, "frozen_stages", self.frozen_stages, "between 0 and 5")
         _require(0 < self.negative_threshold <= 1, "negative_threshold", self.negative_threshold, "in (0, 1]")
         _require(min(self.std) > 0, "std", self.std, "positive")

@@ -59,7 +59,7 @@ def init_convolutions(module: nn.Module) -> None:
 
 
 class VGG16(nn.Module):
-    """VGG-16 to conv5_3, pool5 2x2, fc6 as a 3x3 convolution of dilation 3, fc7 1x1, and conv6_1, conv6_2.
+    """VGG-16 to conv5_3, pool5 2x2, fc6 as a 3x3 dilated convolution, fc7 1x1, and conv6_1, conv6_2.
 
     Taps: conv4_3 and conv5_3 after ReLU and L2Norm (10 and 8), fc7, conv6_2. The backbone itself goes on from the maps
     that are not normalised.
@@ -67,7 +67,7 @@ class VGG16(nn.Module):
 
     out_channels = (512, 512, 1024, 512)
 
-    def __init__(self) -> None:
+    def __init__(self, *, fc6_dilation: int = 3) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
@@ -77,7 +77,7 @@ class VGG16(nn.Module):
                 channels = width
             layers.append(nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*layers)
-        self.fc6 = nn.Conv2d(512, 1024, 3, padding=3, dilation=3)
+        self.fc6 = nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation)
         self.fc7 = nn.Conv2d(1024, 1024, 1)
         self.conv6_1 = nn.Conv2d(1024, 256, 1)
         self.conv6_2 = nn.Conv2d(256, 512, 3, stride=2, padding=1)
@@ -318,7 +318,7 @@ def _check_layout(wanted: list[str], state: Mapping[str, Tensor], own: Mapping[s
 def build_backbone(config: ModelConfig) -> Backbone:
     """The backbone that the config names, with random weights."""
     if config.backbone == "vgg16":
-        return VGG16()
+        return VGG16(fc6_dilation=config.fc6_dilation)
     if config.backbone == "timm":
         return TimmBackbone(config.timm_name)
     return ResNet(

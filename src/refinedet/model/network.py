@@ -81,19 +81,31 @@ class TransferConnectionBlock(nn.Module):
     """Turn an ARM feature map into an ODM one, adding the map of the level above (paper, figure 2).
 
     Without batch norm: conv, ReLU, conv, + deconv(above), ReLU, conv, ReLU. With it, every convolution and the
-    deconvolution lose their bias and are normalised (official ResNet-101 code). The deconvolution is 2x2 with stride 2,
-    as in the official code; the figure says 4x4. The top level has no map above, and a ReLU in the place of the sum.
-    Where the levels do not halve exactly, the map from above is cut or filled with zeros, evenly on opposite sides.
+    deconvolution lose their bias and are normalised (official ResNet-101 code). The deconvolution doubles both sides;
+    its kernel is 2x2 in the official code, 4x4 in the figure and 3x3 in a port whose weights can be imported. The top
+    level has no map above, and a ReLU in the place of the sum. Where the levels do not halve exactly, the map from
+    above is cut or filled with zeros, evenly on opposite sides.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, *, top: bool, batch_norm: bool, attention: bool = False
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        top: bool,
+        batch_norm: bool,
+        deconv_kernel: int = 2,
+        attention: bool = False,
     ) -> None:
         super().__init__()
         bias = not batch_norm
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.deconv = None if top else nn.ConvTranspose2d(channels, channels, 2, stride=2, bias=bias)
+        self.deconv = None
+        if not top:
+            # Side out = 2 * side - 2 - 2 * padding + kernel + output_padding, and must be 2 * side.
+            padding, output_padding = (deconv_kernel - 1) // 2, deconv_kernel % 2
+            self.deconv = nn.ConvTranspose2d(channels, channels, deconv_kernel, 2, padding, output_padding, bias=bias)
         self.conv3 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
         self.norm1 = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
         self.norm2 = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
@@ -160,7 +172,12 @@ class RefineDetNetwork(nn.Module):
         self.arm = nn.ModuleList(PredictionHead(c, per_cell, 2, block=block) for c in arm_channels)
         self.tcb = nn.ModuleList(
             TransferConnectionBlock(
-                c, width, top=level == top, batch_norm=config.tcb_batch_norm, attention=config.tcb_attention
+                c,
+                width,
+                top=level == top,
+                batch_norm=config.tcb_batch_norm,
+                deconv_kernel=config.tcb_deconv_kernel,
+                attention=config.tcb_attention,
             )
             for level, c in enumerate(arm_channels)
         )

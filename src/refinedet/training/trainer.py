@@ -32,6 +32,7 @@ from refinedet.training.checkpoint import load_checkpoint, save_checkpoint, writ
 from refinedet.training.distributed import World, join_world
 from refinedet.training.loss import RefineDetLoss, set_background_prior
 from refinedet.training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
+from refinedet.weights.transfer import Transfer, adopt_config, transfer_classes
 
 CONFIG_FILE, CHECKPOINT_FILE, METRICS_FILE = "config.json", "last.ckpt", "metrics.csv"
 LOSSES = ("arm_classification", "arm_localization", "odm_classification", "odm_localization", "total")
@@ -86,8 +87,9 @@ def train(
             weights_only), or "random". "torchvision" (or None) lets torchvision download them.
         class_names: in label order; by default they come from the data.
         device: "cpu", "cuda" or "auto".
-        init: a model to start from instead of ImageNet weights (see ``RefineDet.from_pretrained``); layers that
-            depend on the classes start anew unless the class names are equal.
+        init: a model to start from instead of ImageNet weights (see ``RefineDet.from_pretrained``). Classes are
+            carried over by name (see ``weights.transfer``), others start anew; what was done is printed. Mean, std,
+            channel order and the like come from the model, whatever the preset says.
 
     Returns:
         The finished run.
@@ -100,15 +102,24 @@ def train(
     if (folder / CHECKPOINT_FILE).exists() or (folder / CONFIG_FILE).exists():
         raise UsageError(f"{folder}: holds a run already; continue it with --resume {folder} or choose another --out")
     paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
+    if init is not None and backbone_weights is not None:
+        raise UsageError("give either a model to start from or backbone weights, not both")
     with join_world(device) as world:
         dataset = open_joined(paths, preset.train.train_split, class_names)
         model_config = dataclasses.replace(preset.model, num_classes=len(dataset.class_names))
+        start = None if init is None else RefineDet.from_pretrained(init)
+        if start is not None:
+            model_config, adopted = adopt_config(model_config, start.config)
+            if adopted and world.is_main:
+                print(f"init: {', '.join(adopted)} as {init} has them")
         preset = dataclasses.replace(preset, model=model_config)
         torch.manual_seed(preset.train.seed)
         model = RefineDet(model_config, dataset.class_names)
         if preset.train.loss.classification == "focal":
             set_background_prior(model.network)
-        source = _initialise(model, backbone_weights, init)
+        source, transfer = _initialise(model, backbone_weights, init, start)
+        if transfer is not None and world.is_main:
+            print(f"init: {transfer.summary()}")
         config = RunConfig(preset, tuple(str(Path(p).expanduser()) for p in paths), dataset.class_names, source)
         if world.is_main:
             text = json.dumps(to_dict(config), indent=2) + "\n"
@@ -169,24 +180,23 @@ def open_joined(paths: Sequence[str | Path], split: str, class_names: Sequence[s
     )
 
 
-def _initialise(model: RefineDet, backbone_weights: str | Path | None, init: str | Path | None) -> str:
-    """Fill the network with its first weights and say where they came from."""
-    if init is not None:
-        if backbone_weights is not None:
-            raise UsageError("give either a model to start from or backbone weights, not both")
-        start = RefineDet.from_pretrained(init)
-        state = dict(start.network.state_dict())
-        if start.class_names != model.class_names:
-            own = model.network.state_dict()
-            # Only the last convolution of the ODM's classifiers knows the classes.
-            state.update({name: own[name] for name in own if name.startswith("odm.") and ".logits." in name})
+def _initialise(
+    model: RefineDet,
+    backbone_weights: str | Path | None,
+    init: str | Path | None,
+    start: RefineDet | None,
+) -> tuple[str, Transfer | None]:
+    """Fill the network with its first weights; say where they came from and what became of the classes."""
+    if start is not None:
+        own = model.network.state_dict()
+        state, transfer = transfer_classes(own, start.network.state_dict(), model.class_names, start.class_names)
         load_weights(model.network, state, str(init))
-        return str(init)
+        return str(init), transfer
     if backbone_weights == "random":
-        return "random"
+        return "random", None
     if backbone_weights is None or backbone_weights == "torchvision":
         model.network.backbone.load_imagenet(imagenet_state(model.config), "torchvision")
-        return "torchvision"
+        return "torchvision", None
     path = Path(backbone_weights).expanduser()
     if path.suffix in (".pth", ".pt"):
         try:
@@ -201,7 +211,7 @@ def _initialise(model: RefineDet, backbone_weights: str | Path | None, init: str
         tensors = read_safetensors(path)
     with torch.no_grad():
         model.network.backbone.load_imagenet(tensors, str(path))
-    return path.name
+    return path.name, None
 
 
 def _write_text(path: Path, text: str) -> None:
