@@ -468,7 +468,7 @@ PRESETS: dict[str, Preset] = {
             backbone="resnet18", tcb_channels=128, tcb_batch_norm=True, backbone_norm="frozen", frozen_stages=2
         ),
         train=TrainConfig(
-            iterations=3_300,
+            iterations=4_400,
             batch_size=16,
             learning_rate=0.01,
             schedule="cosine",
