@@ -131,6 +131,13 @@ def test_a_run_folder_holds_what_is_promised(voc_folder: FolderFactory, tmp_path
     assert [row["iteration"] for row in rows(tmp_path / "run")] == ["1", "2", "3", "4"]
     # A run folder is a model: its best weights, and the last ones under last/.
     assert RefineDet.from_pretrained(tmp_path / "run").class_names == ("cat", "dog")
+    # A run that never reached a checkpoint may be started again.
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped/config.json").write_text("{}")
+    train(
+        tiny(iterations=1, evaluate_split="none"), voc_folder(name="once"), out=tmp_path / "stopped",
+        backbone_weights="random", device="cpu",
+    )  # fmt: skip
     with pytest.raises(UsageError, match="holds a run already"):
         train(tiny(), voc_folder(name="again"), out=tmp_path / "run", backbone_weights="random", device="cpu")
 

@@ -69,7 +69,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         RefineDetError: missing, cut, or not such a file.
     """
     if not path.exists():
-        raise RefineDetError(f"{path}: no checkpoint there; --resume wants the folder of a run")
+        raise RefineDetError(f"{path}: no checkpoint there; --resume wants the folder of a run that has saved one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:

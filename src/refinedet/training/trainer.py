@@ -99,7 +99,8 @@ def train(
         RefineDetError: bad files, a full disk, a loss that is no finite number.
     """
     folder = Path(out).expanduser()
-    if (folder / CHECKPOINT_FILE).exists() or (folder / CONFIG_FILE).exists():
+    # A run that stopped before its first checkpoint has nothing to lose, and nothing to resume from.
+    if (folder / CHECKPOINT_FILE).exists():
         raise UsageError(f"{folder}: holds a run already; continue it with --resume {folder} or choose another --out")
     paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
     if init is not None and backbone_weights is not None:
