@@ -211,9 +211,7 @@ def loss(
     )  # fmt: skip
     refined, passes = [], []
     for b in range(batch):
-        refined.append(
-            [decode(predictions.arm_offsets[b, i].tolist(), anchors[i]) for i in range(len(anchors))]
-        )
+        refined.append([decode(predictions.arm_offsets[b, i].tolist(), anchors[i]) for i in range(len(anchors))])
         passes.append([])
         for i in range(len(anchors)):
             negative_confidence = softmax(predictions.arm_logits[b, i].tolist())[1]

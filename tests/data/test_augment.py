@@ -176,9 +176,12 @@ def test_crops_are_distributed_as_the_official_ones(boxes: list[list[float]]) ->
         ours, theirs = np.sort(measure(crops)), np.sort(measure(expected))
         # Kolmogorov-Smirnov distance; 0.09 is beyond chance for two samples of 1,000 (p < 0.001).
         points = np.concatenate([ours, theirs])
-        distance = np.abs(
-            np.searchsorted(ours, points - 1e-9, "right") - np.searchsorted(theirs, points - 1e-9, "right")
-        ).max() / count
+        distance = (
+            np.abs(
+                np.searchsorted(ours, points - 1e-9, "right") - np.searchsorted(theirs, points - 1e-9, "right")
+            ).max()
+            / count
+        )
         assert distance < 0.09
     # Crops lie in the picture; scale 0.3 to 1, aspect within [max(1/2, s^2), min(2, 1/s^2)].
     assert crops.min() >= 0
@@ -248,9 +251,7 @@ def test_a_drawn_rectangle_lies_in_its_box(
     red = (result[:, :, 0].astype(int) - result[:, :, 1]) > 115
     assert red.any()
     assert extent(red) == pytest.approx(moved[0].tolist(), abs=1.5)
-    assert red.sum() == pytest.approx(
-        (moved[0, 2] - moved[0, 0]) * (moved[0, 3] - moved[0, 1]), rel=0.5, abs=20
-    )
+    assert red.sum() == pytest.approx((moved[0, 2] - moved[0, 0]) * (moved[0, 3] - moved[0, 1]), rel=0.5, abs=20)
 
 
 @pytest.mark.parametrize("law", LAWS)

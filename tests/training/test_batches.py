@@ -133,9 +133,7 @@ def test_without_augmentation_a_batch_is_the_data(dataset: DetectionDataset) -> 
     assert seen == set(range(5))
 
 
-def test_difficult_boxes_are_used_and_crowds_are_not(
-    dataset: DetectionDataset, coco_folder: FolderFactory
-) -> None:
+def test_difficult_boxes_are_used_and_crowds_are_not(dataset: DetectionDataset, coco_folder: FolderFactory) -> None:
     assert any(record.difficult.any() for record in dataset.records)
     crowded = open_dataset(coco_folder(images=6), "train")
     assert any(record.crowd.any() for record in crowded.records)
