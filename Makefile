@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/refinedet predict $(WEIGHTS) examples/*.jpg --save demo-output
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # The later -m wins over the "not slow" of pyproject.toml.
 test-slow: $(VENV)/.installed-dev

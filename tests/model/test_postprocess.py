@@ -197,6 +197,16 @@ def test_filtered_anchors_detect_nothing() -> None:
     assert postprocess(predictions, nothing).counts.tolist() == [2]
 
 
+def test_a_value_exactly_at_its_threshold() -> None:
+    # Equal logits: a negative confidence of 0.5 does not exceed 0.5, but a score of 0.25 must exceed 0.25 to count.
+    predictions = simple([[0, 0, 10, 10]], [[0.25, 0.25, 0.25]])._replace(odm_logits=torch.zeros(1, 1, 4))
+    for threshold, expected in ((0.25, 0), (0.2499, 3)):
+        config = ModelConfig(
+            num_classes=3, negative_threshold=0.5, inference=InferenceConfig(score_threshold=threshold)
+        )
+        assert postprocess(predictions, config).counts.tolist() == [expected]
+
+
 def test_nothing_found() -> None:
     predictions = simple([[0, 0, 10, 10]] * 3, [[0.009], [0.001], [0.0099]], batch=2)
     result = postprocess(predictions, ModelConfig(num_classes=1))
