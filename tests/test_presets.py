@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,7 @@ def smoke(name: str, devkit: Path, coco_folder: FolderFactory, out: Path) -> Non
     split, metric = ("val", "coco") if name.startswith("coco") else ("2007:test", "voc")
     evaluate = ["evaluate", str(out), str(data), "--split", split, "--metric", metric, "--limit", "1"]
     assert cli.main([*evaluate, "--batch-size", "1", "--device", "cpu"]) == 0
+    shutil.rmtree(out)  # most of a gigabyte
 
 
 @pytest.mark.slow

@@ -169,6 +169,19 @@ def test_filtered_positives_stay_and_filtered_negatives_leave_the_odm_only() -> 
     assert losses["odm_classification"].item() == pytest.approx(3 * math.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize(("negative_iou", "negatives"), [(0.25, 0), (0.26, 1)])
+def test_a_negative_lies_below_its_threshold(negative_iou: float, negatives: int) -> None:
+    # Anchor 1 = (0, 0, 10, 40) overlaps the target (0, 0, 10, 10) by exactly a quarter.
+    predictions = Predictions(
+        torch.zeros(1, 2, 4), torch.zeros(1, 2, 2), torch.zeros(1, 2, 4), torch.zeros(1, 2, 2),
+        torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 40]]),
+    )  # fmt: skip
+    config = LossConfig(arm_negative_iou=negative_iou, odm_negative_iou=negative_iou)
+    losses = RefineDetLoss(ModelConfig(num_classes=1), config)(predictions, one_target((0.0, 0, 10, 10), 0))
+    for name in ("arm_classification", "odm_classification"):
+        assert losses[name].item() == pytest.approx((1 + negatives) * math.log(2), rel=1e-5)
+
+
 def test_each_module_divides_by_its_own_positives() -> None:
     # The target (0, 0, 10, 10) is anchor 0 itself. Anchor 1 = (0, 0, 10, 40) has overlap 0.25: no ARM positive. Its
     # refined box: centre 20 - 15 = 5 and height 40 / 4: offsets -15 / 40 / 0.1 = -3.75 and ln(1 / 4) / 0.2; an ODM
@@ -220,6 +233,31 @@ def test_degenerate_outputs_stay_finite(value: float, which: int) -> None:
     predictions = leaves(predictions)
     losses = RefineDetLoss(ModelConfig(num_classes=3))(predictions, oracles.random_targets(generator, [5, 3], 3))
     assert all(math.isfinite(value.item()) for value in losses.values())
+    losses["total"].backward()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(predictions))
+
+
+def test_a_loss_beyond_float32_that_does_not_count_does_no_harm() -> None:
+    # 3e38 - (-3e38) overflows to inf; the second image has no objects, so nothing of it counts.
+    generator = torch.Generator().manual_seed(9)
+    predictions = oracles.random_predictions(generator, batch=2, anchors=30, classes=2)
+    for logits in (predictions.arm_logits, predictions.odm_logits):
+        logits[1] = 3e38 * torch.randn(logits[1].shape, generator=generator).sign()
+    predictions = leaves(predictions)
+    losses = RefineDetLoss(ModelConfig(num_classes=2))(predictions, oracles.random_targets(generator, [3, 0], 2))
+    assert all(math.isfinite(value.item()) for value in losses.values())
+    losses["total"].backward()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(predictions))
+
+
+def test_an_anchor_that_the_arm_moves_to_infinity_does_no_harm() -> None:
+    # 3e38 * 0.1 * 10 px overflows: the refined anchor 1 is no number, and must be a plain negative.
+    predictions = leaves(two_anchors(arm_logits=((0.0, 0.0),) * 2, odm_logits=((0.0, 0.0),) * 2))
+    with torch.no_grad():
+        predictions.arm_offsets[0, 1] = 3e38
+    losses = RefineDetLoss(ModelConfig(num_classes=1))(predictions, one_target((0.0, 0, 10, 10), 0))
+    assert losses["odm_classification"].item() == pytest.approx(2 * math.log(2), rel=1e-5)
+    assert losses["arm_localization"].item() == losses["odm_localization"].item() == 0.0
     losses["total"].backward()
     assert all(torch.isfinite(gradient).all() for gradient in gradients(predictions))
 

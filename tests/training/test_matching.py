@@ -48,6 +48,28 @@ def test_match_equals_the_loop(
     compare(anchors, oracles.random_targets(generator, objects, 3, kind=kind), positive_iou)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=seeds, count=st.integers(1, 14), objects=st.integers(0, 8), positive_iou=st.sampled_from([0.5, 0.25]),
+    side=st.sampled_from([3, 4, 6]),
+)  # fmt: skip
+def test_exact_ties_and_thresholds_go_as_in_the_loop(
+    seed: int, count: int, objects: int, positive_iou: float, side: int
+) -> None:
+    """Corners on a small grid: overlaps are fractions of small integers, equal ones exactly so in any precision."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def grid_boxes(number: int) -> torch.Tensor:
+        corner = torch.randint(0, side, (number, 2), generator=generator)
+        return torch.cat([corner, corner + torch.randint(1, 4, (number, 2), generator=generator)], dim=1).float()
+
+    anchors, boxes = grid_boxes(count), grid_boxes(objects)
+    result = match(anchors, Targets.collate([boxes], [torch.zeros(objects, dtype=torch.int64)]), positive_iou)
+    matched, overlaps = oracles.match(anchors.tolist(), boxes.tolist(), positive_iou)
+    assert result.target[0].tolist() == matched
+    assert result.overlap[0].tolist() == pytest.approx(overlaps)
+
+
 @settings(max_examples=8, deadline=None)
 @given(seed=seeds, count=st.sampled_from([30, 130]))
 def test_a_hundred_objects_with_fewer_or_more_anchors(seed: int, count: int) -> None:
