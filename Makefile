@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 
 # The later -m wins over the "not slow" of pyproject.toml.
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(SLOW_TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

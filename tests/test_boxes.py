@@ -78,9 +78,10 @@ def test_leading_shapes_broadcast() -> None:
 
 
 def test_boxes_without_area() -> None:
-    flat, inverted = torch.tensor([[5.0, 5.0, 5.0, 9.0]]), torch.tensor([[9.0, 9.0, 2.0, 2.0]])
+    flat = torch.tensor([[5.0, 5.0, 5.0, 9.0]])
+    inverted = [torch.tensor([corners]) for corners in ([9.0, 9, 2, 2], [9.0, 2, 2, 9], [2.0, 9, 9, 2])]
     whole = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    for box in (flat, inverted):
+    for box in (flat, *inverted):
         assert box_ops.area(box).item() == 0
         assert box_ops.iou(box, whole).item() == 0
         assert box_ops.iou(box, box).item() == 0

@@ -169,6 +169,15 @@ def test_filtered_positives_stay_and_filtered_negatives_leave_the_odm_only() -> 
     assert losses["odm_classification"].item() == pytest.approx(3 * math.log(2), rel=1e-5)
 
 
+def test_a_negative_confidence_of_exactly_theta_is_not_filtered() -> None:
+    # Equal logits: a negative confidence of 0.5, which does not exceed a theta of 0.5; so the negative is mined.
+    predictions = two_anchors(arm_logits=((0.0, 0.0),) * 2, odm_logits=((0.0, 0.0),) * 2)
+    losses = RefineDetLoss(ModelConfig(num_classes=1, negative_threshold=0.5))(
+        predictions, one_target((0.0, 0, 10, 10), 0)
+    )
+    assert losses["odm_classification"].item() == pytest.approx(2 * math.log(2), rel=1e-5)
+
+
 @pytest.mark.parametrize(("negative_iou", "negatives"), [(0.25, 0), (0.26, 1)])
 def test_a_negative_lies_below_its_threshold(negative_iou: float, negatives: int) -> None:
     # Anchor 1 = (0, 0, 10, 40) overlaps the target (0, 0, 10, 10) by exactly a quarter.
