@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refinedet.config import ModelConfig, Preset, from_dict
-from refinedet.errors import RefineDetError, UsageError
-from refinedet.training.trainer import CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE, RunConfig, resume, train
+from refinedet.config import ModelConfig, Preset, load_json
+from refinedet.errors import UsageError
+from refinedet.training.trainer import CHECKPOINT_FILE, CONFIG_FILE, RunConfig, resume, train
 
 TABLE_FILE = "table.md"
 
@@ -76,15 +76,11 @@ def ablate(
         target = folder / variant.name
         wanted = dataclasses.replace(preset, model=variant_of(preset.model, variant))
         figure = _finished(target)
-        begun = (target / CONFIG_FILE).exists()
-        if begun:
+        if (target / CONFIG_FILE).exists():
             _check_same(target, wanted, paths)
         if figure is None and (target / CHECKPOINT_FILE).exists():
             run = resume(target, device=device)
         elif figure is None:
-            if begun:  # stopped before its first checkpoint: nothing is lost by starting again
-                for name in (METRICS_FILE, CONFIG_FILE):
-                    (target / name).unlink(missing_ok=True)
             run = train(
                 wanted,
                 paths,
@@ -153,12 +149,7 @@ def _finished(folder: Path) -> float | None:
 
 
 def _check_same(folder: Path, wanted: Preset, data: Sequence[str | Path]) -> None:
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RefineDetError(f"{path}: cannot be read ({error})") from None
-    run = from_dict(RunConfig, values, source=str(path))
+    run = load_json(RunConfig, folder / CONFIG_FILE)
     # The number of classes came from the data.
     model = dataclasses.replace(wanted.model, num_classes=run.preset.model.num_classes)
     same_data = run.data == tuple(str(Path(part).expanduser()) for part in data)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from refinedet.config import Preset, TrainConfig, from_dict, to_dict
+from refinedet.config import Preset, TrainConfig, load_json, to_dict
 from refinedet.data.dataset import DetectionDataset, open_dataset
 from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
@@ -137,11 +137,7 @@ def resume(run_folder: str | Path, *, device: str = "auto") -> Run:
     folder = Path(run_folder).expanduser()
     if not (folder / CONFIG_FILE).exists():
         raise UsageError(f"{folder}: no run there ({CONFIG_FILE} is missing)")
-    try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RefineDetError(f"{folder / CONFIG_FILE}: cannot be read ({error})") from None
-    config = from_dict(RunConfig, values, source=str(folder / CONFIG_FILE))
+    config = load_json(RunConfig, folder / CONFIG_FILE)
     state = load_checkpoint(folder / CHECKPOINT_FILE)
     with join_world(device) as world:
         dataset = open_joined(config.data, config.preset.train.train_split, config.class_names)
