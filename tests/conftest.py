@@ -7,7 +7,10 @@ learn them in a few iterations. Boxes have integer corners, so they survive ever
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import resource
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from PIL import Image
 SHARED_DATA = Path(__file__).parents[1] / "../shared/data"
 COLOURS = ((230, 60, 50), (60, 220, 80), (70, 110, 240), (240, 220, 60), (220, 80, 220), (80, 230, 230))
 FolderFactory = Callable[..., Path]
+FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,6 +36,24 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data")
     return SHARED_DATA.resolve()
+
+
+@pytest.fixture
+def full_disk() -> FullDisk:
+    """``with full_disk(limit)``: no file may grow beyond so many bytes, so write() fails as it does on a full disk."""
+
+    @contextmanager
+    def limited(limit: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited
 
 
 @dataclass(frozen=True)

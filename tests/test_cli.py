@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 
 import refinedet
+from conftest import FullDisk
 from refinedet import cli
 from refinedet.config import PRESETS, ModelConfig
 from refinedet.detections import Detections
@@ -98,7 +98,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int 
 # Starting ------------------------------------------------------------------------------------------------------------
 
 
-def test_help_of_every_verb_is_quick_and_light() -> None:
+def test_help_of_every_verb_is_light() -> None:
     program = (
         "import sys\nfrom refinedet.cli import main\n"
         "try: main(sys.argv[1:])\nexcept SystemExit as error: assert not error.code\n"
@@ -106,16 +106,9 @@ def test_help_of_every_verb_is_quick_and_light() -> None:
         "assert not heavy, heavy"
     )
     for verb in VERBS:
-        seconds = []
-        for _ in range(3):
-            began = time.monotonic()
-            done = subprocess.run([sys.executable, "-c", program, verb, "--help"], capture_output=True, text=True)
-            seconds.append(time.monotonic() - began)
-            if seconds[-1] < 1:
-                break
+        done = subprocess.run([sys.executable, "-c", program, verb, "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"refinedet {verb}" in done.stdout
-        assert min(seconds) < 1, f"{verb} --help took {seconds}"
 
 
 def test_import_is_light_and_names_are_lazy() -> None:
@@ -406,16 +399,17 @@ def test_predict_failures_of_the_work(
     assert "there is a file of that name" in refused(capsys, ["predict", "stub", path, "--save", path], 1)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_keeps_the_previous_json(
-    monkeypatch: pytest.MonkeyPatch, stub: StubDetector, photo: Callable[..., Path], tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    stub: StubDetector, photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    full_disk: FullDisk,
 ) -> None:  # fmt: skip
     result = tmp_path / "r.json"
     result.write_text("earlier")
-    (tmp_path / "r.json.part").symlink_to("/dev/full")
-    assert cli.main(["predict", "stub", str(photo("a.jpg")), "--json", str(result)]) == 1
-    assert f"error: {result}: cannot be written (No space left on device)\n" == capsys.readouterr().err
+    picture = photo("a.jpg")
+    with full_disk(20):
+        assert cli.main(["predict", "stub", str(picture), "--json", str(result)]) == 1
+    reason = "cannot be saved (File too large); the previous file is untouched"
+    assert f"error: {result}: {reason}\n" == capsys.readouterr().err
     assert result.read_text() == "earlier"
 
 

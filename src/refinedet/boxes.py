@@ -85,7 +85,7 @@ def decode(offsets: Tensor, anchors: Tensor, offset_std: Tensor) -> Tensor:
         offset_std: (4,) multiplies the offsets.
 
     Returns:
-        (..., 4) xyxy. Scales are cut at exp(30), far beyond any box, so that no finite offset yields inf or NaN.
+        (..., 4) xyxy. Scales are cut at exp(30), far beyond any box, so that a wild size offset yields no inf or NaN.
     """
     scaled = offsets * offset_std
     anchor = to_cxcywh(anchors)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import read_json, write_text
 
 BackboneName = Literal[
     "vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "timm"
@@ -173,12 +174,16 @@ class AugmentConfig:
         "lanczos",
     )
     """One is drawn for every picture."""
+    mosaic_probability: float = 0.0
+    """Chance that an input is put together from four pictures that meet in a random point, each cropped, distorted and
+    flipped on its own but not expanded (not in the paper; for small data sets)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.expand_probability <= 1, "expand_probability", self.expand_probability, "in [0, 1]")
         _require(self.expand_ratio >= 1, "expand_ratio", self.expand_ratio, "at least 1")
         _require(0 <= self.flip_probability <= 1, "flip_probability", self.flip_probability, "in [0, 1]")
         _require(len(self.interpolations) >= 1, "interpolations", self.interpolations, "at least one name")
+        _require(0 <= self.mosaic_probability <= 1, "mosaic_probability", self.mosaic_probability, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +207,9 @@ class LossConfig:
     """How much focal loss turns away from easy anchors; 0, or at least 1."""
     focal_alpha: float = 0.25
     """Weight of objects in focal loss; background weighs 1 - alpha."""
+    label_smoothing: float = 0.0
+    """Share of each target of the ODM's classification that is spread evenly over all classes and background. Not for
+    the ARM, whose background could then not reach the confidence that filtering asks for. Not in the paper."""
 
     def __post_init__(self) -> None:
         for name in ("arm", "odm"):
@@ -214,6 +222,13 @@ class LossConfig:
         # Between 0 and 1 the slope of (1 - p) ** gamma is infinite at p = 1, where easy anchors end up.
         _require(self.focal_gamma == 0 or self.focal_gamma >= 1, "focal_gamma", self.focal_gamma, "0 or at least 1")
         _require(0 < self.focal_alpha < 1, "focal_alpha", self.focal_alpha, "in (0, 1)")
+        focal = self.classification == "focal"
+        _require(
+            0 <= self.label_smoothing < 1 and not (focal and self.label_smoothing),
+            "label_smoothing",
+            self.label_smoothing,
+            "0 with focal loss" if focal else "in [0, 1)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -584,8 +599,12 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def save_json(config: Any, path: Path) -> None:
-    """Write a config as indented JSON."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    """Write a config as indented JSON.
+
+    Raises:
+        RefineDetError: no permission, a full disk; what ``path`` held before is still there.
+    """
+    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load_json(kind: type[ConfigT], path: Path) -> ConfigT:
@@ -594,10 +613,4 @@ def load_json(kind: type[ConfigT], path: Path) -> ConfigT:
     Raises:
         RefineDetError: the file is missing, is no JSON, or holds an unknown key; the message names the file.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RefineDetError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise RefineDetError(f"{path}: not valid JSON ({error})") from None
-    return from_dict(kind, values, source=str(path))
+    return from_dict(kind, read_json(path), source=str(path))

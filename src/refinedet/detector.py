@@ -18,6 +18,7 @@ import refinedet.weights
 from refinedet.config import ModelConfig, from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import read_json, write_atomically, write_text
 from refinedet.media import read_image
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
@@ -222,8 +223,6 @@ class RefineDet:
         Raises:
             RefineDetError: the folder cannot be written to or the disk is full.
         """
-        from refinedet.training.checkpoint import write_atomically
-
         target = Path(folder).expanduser()
         state = {
             name: tensor.detach().cpu().contiguous().to(torch.float16 if half and tensor.ndim == 4 else tensor.dtype)
@@ -238,9 +237,9 @@ class RefineDet:
         data = save(state, metadata={"format": "pt"})
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         write_atomically(target / WEIGHTS_FILE, lambda aside: _write(aside, data))
-        write_atomically(target / CONFIG_FILE, lambda aside: _write(aside, text.encode()))
+        write_text(target / CONFIG_FILE, text)
         if card is not None:
-            write_atomically(target / CARD_FILE, lambda aside: _write(aside, card.encode()))
+            write_text(target / CARD_FILE, card)
         return target
 
     @classmethod
@@ -257,7 +256,9 @@ class RefineDet:
             RefineDetError: a file is missing, corrupt, or does not fit its config.
         """
         folder = find_weights(name)
-        values = _read_json(folder / CONFIG_FILE)
+        values = read_json(folder / CONFIG_FILE)
+        if not isinstance(values, dict):
+            raise RefineDetError(f"{folder / CONFIG_FILE}: not the config of a refinedet model")
         unknown = set(values) - {"format", "model", "class_names", "metrics"}
         if "model" not in values or "class_names" not in values or unknown:
             what = f"unknown key '{sorted(unknown)[0]}'" if unknown else "no 'model' or no 'class_names' in it"
@@ -284,18 +285,6 @@ def _to_array(source: ImageSource) -> npt.NDArray[np.uint8]:
     if isinstance(source, np.ndarray):
         return source
     return np.asarray(source.convert("RGB"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RefineDetError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise RefineDetError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise RefineDetError(f"{path}: not the config of a refinedet model")
-    return values
 
 
 def find_weights(name: str | Path) -> Path:

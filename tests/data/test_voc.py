@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -256,9 +255,7 @@ def test_entity_bomb(root: Path) -> None:
     xml_of(root).write_text(
         f'<?xml version="1.0"?><!DOCTYPE b [<!ENTITY a0 "boom">{levels}]><annotation>&a9;</annotation>'
     )
-    start = time.perf_counter()
     assert_bad_file(root, xml_of(root), "declares entities, which are refused")
-    assert time.perf_counter() - start < 5
 
 
 def test_external_entity(root: Path) -> None:
@@ -380,9 +377,7 @@ def test_exif_turned_picture_fits_its_annotation(root: Path) -> None:
     ("split", "images"), [("train", 2500), ("val", 2508), ("trainval", 5008), (None, 5008), ("2007:train+val", 5008)]
 )
 def test_voc2007(shared_data: Path, split: str | None, images: int) -> None:
-    start = time.perf_counter()
     dataset = open_dataset(shared_data / "VOCdevkit", split)
-    assert time.perf_counter() - start < 30  # about 1 s on an idle machine
     assert len(dataset) == images
     assert dataset.class_names == VOC_CLASSES
     assert not dataset.problems

@@ -133,6 +133,46 @@ def test_without_augmentation_a_batch_is_the_data(dataset: DetectionDataset) -> 
     assert seen == set(range(5))
 
 
+def test_a_mosaic_is_four_pictures_side_by_side(voc_folder: FolderFactory) -> None:
+    """Of one picture without other augmentation: each group of boxes says where its tile is."""
+    data = open_dataset(voc_folder(images=1, splits={"trainval": [0]}), "trainval")
+    record, image = data[0], data.load_image(0)
+    objects = len(record.boxes)
+    assert objects
+    augment = dataclasses.replace(PLAIN, mosaic_probability=1.0)
+    config = TrainConfig(iterations=6, batch_size=1, workers=0, augment=augment, size_schedule=((0, 128),))
+    meetings = set()
+    for batch in batches_of(data, config):
+        assert batch.targets.labels[0].tolist() == record.labels.tolist() * 4
+        area, corners = 0, set()
+        for boxes in batch.targets.boxes[0].double().numpy().reshape(4, objects, 4):
+            scale = (boxes[0, 2:] - boxes[0, :2]) / (record.boxes[0, 2:] - record.boxes[0, :2])
+            start = np.rint(boxes[0, :2] - record.boxes[0, :2] * scale).astype(int)
+            width, height = np.rint(scale * [record.width, record.height]).astype(int)
+            factor = np.array([width / record.width, height / record.height] * 2)
+            np.testing.assert_allclose(boxes, record.boxes * factor + np.tile(start, 2), atol=1e-3)
+            tile = batch.images[0, :, start[1] : start[1] + height, start[0] : start[0] + width].numpy()
+            # Pillow's plain bilinear truncates, so it may lie one level lower.
+            assert np.abs(tile - normalize(resize(image, height, width), MODEL)).max() < 1.5 / 57
+            area += width * height
+            corners |= {(int(start[0]), int(start[1])), (int(start[0] + width), int(start[1] + height))}
+        x, y = next(corner for corner in corners if 0 < corner[0] < 128 and 0 < corner[1] < 128)
+        assert area == 128 * 128
+        assert min(x, y) >= 0.3 * 128 - 1
+        assert max(x, y) <= 0.7 * 128 + 1
+        assert {(0, 0), (x, y), (128, 128)} <= corners
+        meetings.add((x, y))
+    assert len(meetings) > 3
+
+
+def test_mosaics_mix_pictures_and_survive_a_stop(dataset: DetectionDataset) -> None:
+    config = TrainConfig(iterations=8, batch_size=2, workers=0, augment=AugmentConfig(mosaic_probability=0.5), seed=1)
+    alone = batches_of(dataset, config)
+    assert_equal(batches_of(dataset, dataclasses.replace(config, workers=1), start=3), alone[3:])
+    never = batches_of(dataset, dataclasses.replace(config, augment=AugmentConfig()))
+    assert [batch.names for batch in never] == [batch.names for batch in alone]
+
+
 def test_difficult_boxes_are_used_and_crowds_are_not(dataset: DetectionDataset, coco_folder: FolderFactory) -> None:
     assert any(record.difficult.any() for record in dataset.records)
     crowded = open_dataset(coco_folder(images=6), "train")

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import FullDisk
 from refinedet.config import ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError
-from refinedet.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
-
-
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond ``limit`` bytes: write() fails as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+from refinedet.files import write_atomically
+from refinedet.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -40,7 +25,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["last.ckpt"]
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, full_disk: FullDisk) -> None:
     path = tmp_path / "last.ckpt"
     save_checkpoint(path, {"iteration": 1, "network": {}})
     whole = path.read_bytes()
@@ -50,7 +35,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"], "nothing half-written stays behind"
 
 
-def test_a_full_disk_leaves_the_previous_weights(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_previous_weights(tmp_path: Path, full_disk: FullDisk) -> None:
     config = ModelConfig(backbone="resnet18", num_classes=1, image_size=(64, 64), tcb_channels=8, tcb_batch_norm=True)
     RefineDet(config).save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()

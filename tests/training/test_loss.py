@@ -154,6 +154,18 @@ def test_loss_by_hand() -> None:
     assert losses["odm_localization"].item() == pytest.approx(0.045, rel=1e-4)
 
 
+def test_label_smoothing_by_hand() -> None:
+    # Two classes and background, a tenth of each target spread over the three: 28/30 for the right one, 1/30 each for
+    # the others. Anchor 0 (positive, class 1): scores e, e^2 and 1 over their sum; anchor 1 (negative): all 1/3.
+    predictions = two_anchors(arm_logits=((0.0, 0.0),) * 2, odm_logits=((1.0, 2.0, 0.0), (0.0, 0.0, 0.0)))
+    config = LossConfig(label_smoothing=0.1)
+    losses = RefineDetLoss(ModelConfig(num_classes=2), config)(predictions, one_target((0.0, 0, 10, 10), 1))
+    total = math.log(math.e + math.e**2 + 1)
+    positive = (28 * (total - 2) + (total - 1) + total) / 30
+    assert losses["odm_classification"].item() == pytest.approx(positive + math.log(3), rel=1e-6)
+    assert losses["arm_classification"].item() == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
 def test_filtered_positives_stay_and_filtered_negatives_leave_the_odm_only() -> None:
     # P(object) = 1 / (1 + e^6) = 0.0025 < 0.01 for anchors 0 and 1; anchor 2 passes. With ODM logits of 0, each
     # anchor costs ln 2 (one class): positive 0 + negative 2 = 2 ln 2; anchor 1 has left the pool. The ARM mines both:

@@ -103,6 +103,15 @@ def test_equal_anchors_lower_index_first() -> None:
     assert match(anchors, targets, 0.5).target.tolist() == [[0, -1, -1]]
 
 
+def test_of_tied_anchors_the_lowest_is_dealt_out_first() -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10]])
+    # Overlaps with the two anchors: 1/3 and 0, 1/3 and 1/3, 0 and 1/3. Anchor 0 goes to the first target, so the second
+    # gets anchor 1 and the third nothing; with anchor 1 dealt out first, the second would get nothing.
+    boxes = torch.tensor([[-5.0, 0, 5, 10], [5, 0, 15, 10], [15, 0, 25, 10]])
+    targets = Targets.collate([boxes], [torch.tensor([0, 1, 2])])
+    assert match(anchors, targets, 0.5).target.tolist() == [[0, 1]]
+
+
 def test_threshold_is_inclusive_and_the_greedy_step_ignores_it() -> None:
     # Overlaps 0.75, 0.5 and 0.25 are exact in binary.
     anchors = torch.tensor([[0.0, 0, 8, 6], [0, 0, 8, 4], [0, 0, 8, 2]])

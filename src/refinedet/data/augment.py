@@ -189,8 +189,8 @@ def render(
     left, top, right, bottom = geometry.region
     scale_x, scale_y = width / (right - left), height / (bottom - top)
     # Whole pixels of the result that the picture covers, and the exact part of the picture that covers them.
-    x1, x2 = max(0, math.ceil(-left * scale_x)), min(width, math.floor((image.shape[1] - left) * scale_x + 1e-6))
-    y1, y2 = max(0, math.ceil(-top * scale_y)), min(height, math.floor((image.shape[0] - top) * scale_y + 1e-6))
+    x1, x2 = max(0, math.ceil(-left * scale_x - 1e-6)), min(width, math.floor((image.shape[1] - left) * scale_x + 1e-6))
+    y1, y2 = max(0, math.ceil(-top * scale_y - 1e-6)), min(height, math.floor((image.shape[0] - top) * scale_y + 1e-6))
     colour = tuple(round(value) for value in fill)
     canvas = Image.new("RGB", (width, height), colour)
     if x2 > x1 and y2 > y1:
@@ -221,6 +221,26 @@ def _resample(
     # resize() would antialias.
     sampling = Image.Resampling.BILINEAR if law == "linear" else Image.Resampling.BICUBIC
     return picture.transform(size, Image.Transform.EXTENT, box, sampling)
+
+
+MOSAIC_CENTRE = (0.3, 0.7)
+"""Where four pictures meet: uniform between these, in shares of the width and of the height."""
+
+
+def sample_mosaic(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Draw the point where four pictures meet.
+
+    Args:
+        rng: source of randomness.
+        size: height and width of the whole, at least 4 each.
+
+    Returns:
+        Four tiles, xyxy in whole pixels, that cover the whole without overlap: top left, top right, bottom left,
+        bottom right.
+    """
+    height, width = size
+    x, y = round(width * rng.uniform(*MOSAIC_CENTRE)), round(height * rng.uniform(*MOSAIC_CENTRE))
+    return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
 
 
 def distort(picture: Image.Image, photometric: Photometric) -> Image.Image:

@@ -6,7 +6,6 @@ Category ids may have gaps; label i is the i-th smallest category id. Boxes (x, 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -25,6 +24,7 @@ from refinedet.data.dataset import (
     without_objects,
 )
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import read_json
 from refinedet.media import read_image_size
 
 COCO_CLASSES = (
@@ -180,7 +180,7 @@ def read_coco(
     seen: dict[int, str] = {}
     for name in chosen:
         file = files[name]
-        document = _read_json(file)
+        document = _read_document(file)
         if "annotations" not in document:
             if require_annotations:
                 raise UsageError(
@@ -240,15 +240,8 @@ def _choose(path: Path, split: str, files: dict[str, Path]) -> list[str]:
     return list(chosen)
 
 
-def _read_json(file: Path) -> dict[str, list[dict[str, Any]]]:
-    try:
-        document = json.loads(file.read_bytes())
-    except OSError as error:
-        raise RefineDetError(f"{file}: cannot be read ({error.strerror})") from None
-    except RecursionError:
-        raise RefineDetError(f"{file}: not a COCO file: nested too deeply") from None
-    except ValueError as error:
-        raise RefineDetError(f"{file}: not valid JSON ({error}); it may be cut off: restore it") from None
+def _read_document(file: Path) -> dict[str, list[dict[str, Any]]]:
+    document = read_json(file)
     for key in ("images", "annotations", "categories"):
         values = document.get(key) if isinstance(document, dict) else None
         if key == "annotations" and "annotations" not in document and file.name.startswith(_IMAGES_ONLY):

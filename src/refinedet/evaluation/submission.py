@@ -21,6 +21,7 @@ import numpy as np
 from refinedet.data.dataset import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import UsageError
+from refinedet.files import write_atomically
 
 _VOC_ENDINGS = (".zip", ".tar.gz", ".tgz")
 _COCO_ENDINGS = (".zip", ".json")
@@ -55,7 +56,6 @@ class Submission:
         Raises:
             RefineDetError: it cannot be written; a file that was there before is still there.
         """
-        from refinedet.training.checkpoint import write_atomically
 
         def files() -> Iterator[tuple[str, Iterator[str]]]:
             if self.form == "coco":

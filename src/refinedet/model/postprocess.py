@@ -85,7 +85,10 @@ def postprocess(predictions: Predictions, config: ModelConfig) -> PaddedDetectio
 
 
 def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Best ``count`` along the last axis, descending; of equal scores the lower index first."""
+    """Best ``count`` along the last axis, descending; of equal ones that are chosen the lower index first.
+
+    Which of equal scores are chosen where not all fit in is left to ``topk``.
+    """
     _, index = scores.topk(min(count, scores.shape[-1]), dim=-1, sorted=False)
     # topk leaves the order of ties open: back to index order first, then a stable sort by score.
     index = index.sort(dim=-1).values

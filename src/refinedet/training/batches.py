@@ -6,6 +6,7 @@ workers, nor on where a run was stopped. So a resumed run sees what the uninterr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
-from refinedet.data.augment import Photometric, render, sample_geometry, sample_photometric, transform_boxes
+from refinedet.data.augment import (
+    Photometric,
+    render,
+    sample_geometry,
+    sample_mosaic,
+    sample_photometric,
+    transform_boxes,
+)
 from refinedet.data.dataset import DetectionDataset
 from refinedet.errors import RefineDetError
 from refinedet.preprocess import normalize
@@ -125,19 +133,39 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Sample | RefineDetError:
-        record = self.dataset[draw.index]
+        rng = np.random.default_rng([self.seed, 1, draw.number])
         try:
-            image = self.dataset.load_image(draw.index)
+            if self.augment.mosaic_probability and rng.random() < self.augment.mosaic_probability:
+                return self._mosaic(rng, draw)
+            return self._augmented(rng, draw.index, draw.side, self.augment)
         except RefineDetError as error:
             return RefineDetError(str(error))
-        rng = np.random.default_rng([self.seed, 1, draw.number])
+
+    def _augmented(self, rng: np.random.Generator, index: int, size: tuple[int, int], augment: AugmentConfig) -> Sample:
+        record, image = self.dataset[index], self.dataset.load_image(index)
         used = ~record.crowd
         boxes, labels = record.boxes[used], record.labels[used]
-        photometric = sample_photometric(rng) if self.augment.photometric else Photometric()
-        geometry = sample_geometry(rng, image.shape[1], image.shape[0], boxes, self.augment)
-        moved, kept = transform_boxes(boxes, geometry, draw.side)
-        picture = render(image, geometry, photometric, draw.side, self.fill)
+        photometric = sample_photometric(rng) if augment.photometric else Photometric()
+        geometry = sample_geometry(rng, image.shape[1], image.shape[0], boxes, augment)
+        moved, kept = transform_boxes(boxes, geometry, size)
+        picture = render(image, geometry, photometric, size, self.fill)
         return picture, torch.from_numpy(moved), torch.from_numpy(labels[kept]), str(record.image_path)
+
+    def _mosaic(self, rng: np.random.Generator, draw: Draw) -> Sample:
+        """The picture of the draw and three others, each in a tile of its own; the draw's picture names the sample."""
+        augment = dataclasses.replace(self.augment, expand_probability=0.0)
+        tiles = sample_mosaic(rng, draw.side)
+        indices = [draw.index, *(int(i) for i in rng.integers(len(self.dataset), size=3))]
+        canvas = np.empty((*draw.side, 3), dtype=np.uint8)
+        boxes, labels, names = [], [], []
+        for index, place in zip(indices, rng.permutation(4), strict=True):
+            x1, y1, x2, y2 = tiles[place]
+            picture, moved, kinds, name = self._augmented(rng, index, (y2 - y1, x2 - x1), augment)
+            canvas[y1:y2, x1:x2] = picture
+            boxes.append(moved + torch.tensor([x1, y1, x1, y1], dtype=torch.float32))
+            labels.append(kinds)
+            names.append(name)
+        return canvas, torch.cat(boxes), torch.cat(labels), names[0]
 
     def collate(self, items: list[Sample | RefineDetError]) -> Batch | RefineDetError:
         """Stack pictures and pad targets; the first error instead, if there is one."""
@@ -160,14 +188,18 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
     pin_memory: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
     """One batch for every pass of this process, from iteration ``start`` to the last.
+
+    ``image_size``, height and width, replaces that of ``model``: another network may have another input.
 
     Raises:
         RefineDetError: a picture cannot be read; its file is named.
     """
     pictures = AugmentedPictures(dataset, model, config.augment, config.seed)
-    order = EndlessOrder(len(dataset), config, model.image_size, start=start, rank=rank, world=world)
+    size = image_size or model.image_size
+    order = EndlessOrder(len(dataset), config, size, start=start, rank=rank, world=world)
     loader = DataLoader(
         pictures,
         batch_sampler=order,

@@ -67,7 +67,7 @@ class RefineDetLoss(nn.Module):
                 object_targets = Targets(targets.boxes, targets.labels.clamp(max=0))
                 arm = self._module_loss(
                     arm_offsets, arm_logits, anchors, object_targets, None, config.arm_positive_iou,
-                    config.arm_negative_iou,
+                    config.arm_negative_iou, 0.0,
                 )  # fmt: skip
             else:
                 arm = (anchors.new_zeros(()),) * 3
@@ -77,7 +77,7 @@ class RefineDetLoss(nn.Module):
                 passes = arm_logits.softmax(dim=-1)[..., 0] >= 1.0 - self.negative_threshold
             odm = self._module_loss(
                 odm_offsets, odm_logits, start, targets, passes, config.odm_positive_iou,
-                config.odm_negative_iou,
+                config.odm_negative_iou, config.label_smoothing,
             )  # fmt: skip
             positives = torch.stack([arm[2], odm[2]]).float()
             if self.total is not None:
@@ -100,6 +100,7 @@ class RefineDetLoss(nn.Module):
         passes: Tensor | None,
         positive_iou: float,
         negative_iou: float,
+        label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Summed classification loss, summed localization loss and number of positives of one module.
 
@@ -124,7 +125,9 @@ class RefineDetLoss(nn.Module):
         else:
             labels = torch.where(positive, targets.labels.gather(1, index), background)
             target_boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        cross_entropy = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=label_smoothing
+        ).view_as(labels)
         if self.config.classification == "focal":
             alpha = torch.where(positive, self.config.focal_alpha, 1.0 - self.config.focal_alpha)
             # 1 - exp(-x) as -expm1(-x): an easy anchor's cross-entropy is far below the last digit of 1.

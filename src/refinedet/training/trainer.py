@@ -7,7 +7,6 @@ last.ckpt (all that ``resume`` needs), report/ (the final evaluation) and events
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -19,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from refinedet.config import Preset, TrainConfig, load_json, to_dict
+from refinedet.config import Preset, TrainConfig, load_json, save_json, to_dict
 from refinedet.data.dataset import DetectionDataset, open_dataset
 from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.evaluation.page import write_page
 from refinedet.evaluation.report import Report, collect_detections, evaluate_detections
 from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
 from refinedet.model.backbones import imagenet_state
 from refinedet.training.batches import Batch, training_batches
 from refinedet.training.card import model_card
-from refinedet.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from refinedet.training.checkpoint import load_checkpoint, save_checkpoint
 from refinedet.training.distributed import World, join_world
 from refinedet.training.loss import RefineDetLoss, set_background_prior
 from refinedet.training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
@@ -51,6 +51,8 @@ class Run:
     """Evaluation of ``model`` on the whole evaluation split; None if there is no such split."""
     losses: dict[str, float]
     """Means of the last logged iterations."""
+    finished: bool = True
+    """False if it was asked to stop early; then there is no report, and ``resume`` goes on."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def train(
     class_names: Sequence[str] | None = None,
     device: str = "auto",
     init: str | Path | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Run:
     """Train a detector.
 
@@ -90,9 +93,11 @@ def train(
         init: a model to start from instead of ImageNet weights (see ``RefineDet.from_pretrained``). Classes are
             carried over by name (see ``weights.transfer``), others start anew; what was done is printed. Mean, std,
             channel order and the like come from the model, whatever the preset says.
+        stop: asked after every iteration but the last; once it says True (the time is up, say), everything is saved
+            for ``resume`` and the call returns.
 
     Returns:
-        The finished run.
+        The run, finished unless ``stop`` said otherwise.
 
     Raises:
         UsageError: the call or the data's layout is wrong, or ``out`` holds a run.
@@ -123,13 +128,17 @@ def train(
             print(f"init: {transfer.summary()}")
         config = RunConfig(preset, tuple(str(Path(p).expanduser()) for p in paths), dataset.class_names, source)
         if world.is_main:
-            text = json.dumps(to_dict(config), indent=2) + "\n"
-            write_atomically(folder / CONFIG_FILE, lambda aside: _write_text(aside, text))
-        return _Trainer(folder, config, model, dataset, world).run()
+            save_json(config, folder / CONFIG_FILE)
+        return _Trainer(folder, config, model, dataset, world).run(stop)
 
 
-def resume(run_folder: str | Path, *, device: str = "auto") -> Run:
+def resume(run_folder: str | Path, *, device: str = "auto", stop: Callable[[], bool] | None = None) -> Run:
     """Continue a training from its last checkpoint, with the outcome of one that was never stopped.
+
+    Args:
+        run_folder: what ``train`` was given as ``out``.
+        device: "cpu", "cuda" or "auto".
+        stop: as for ``train``.
 
     Raises:
         RefineDetError: no run there, or a corrupt file in it.
@@ -148,7 +157,7 @@ def resume(run_folder: str | Path, *, device: str = "auto") -> Run:
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise RefineDetError(f"{folder / CHECKPOINT_FILE}: does not fit the run's config ({reason})") from None
-        return trainer.run()
+        return trainer.run(stop)
 
 
 def open_joined(paths: Sequence[str | Path], split: str, class_names: Sequence[str] | None = None) -> DetectionDataset:
@@ -209,10 +218,6 @@ def _initialise(
     with torch.no_grad():
         model.network.backbone.load_imagenet(tensors, str(path))
     return path.name, None
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 class _Trainer:
@@ -285,8 +290,8 @@ class _Trainer:
         if state["random_state_cuda"] is not None and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_state_cuda"])
 
-    def run(self) -> Run:
-        """Train to the last iteration, evaluating and saving on the way."""
+    def run(self, stop: Callable[[], bool] | None = None) -> Run:
+        """Train to the last iteration or until ``stop`` says True, evaluating and saving on the way."""
         settings, world = self.settings, self.world
         batches = training_batches(
             self.dataset,
@@ -319,6 +324,10 @@ class _Trainer:
                     began, done = time.perf_counter(), 0
                 elif self.iteration % settings.save_every == 0 and not finished:
                     self._save(None)
+                # One process's clock is enough: all leave at the same iteration.
+                if stop and not finished and world.sum(torch.tensor(float(stop()), device=world.device)).item():
+                    self._save(None)
+                    return Run(self.folder, self._current(), None, losses, finished=False)
             return self._finish(loggers, losses)
 
     def _update(self, forward: Callable[[Tensor], Any], batches: Iterator[Batch]) -> None:
@@ -467,7 +476,7 @@ class _Trainer:
         self._log_report(loggers, report)
         self._save(report)
         if report is not None and self.world.is_main:
-            report.save(self.folder / "report")
+            write_page(report, report.save(self.folder / "report"), metrics_csv=self.folder / METRICS_FILE)
         self.world.barrier()
         self.network.eval()
         model = self._current()
