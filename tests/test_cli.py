@@ -455,6 +455,22 @@ def test_evaluate_prints_table_and_figure(
     assert f"report: {tmp_path / 'report'}" in output.out
     saved = json.loads((tmp_path / "report" / "report.json").read_text())
     assert (saved["split"], saved["images"], saved["metric"]) == ("test", 2, "voc")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert f"{100 * saved['figures']['mAP']:.1f}" in page
+    assert "over iterations" not in page
+
+
+@pytest.mark.parametrize("weights", ["run", "run/best", "run/last/"])
+def test_the_page_of_a_run_folder_has_its_learning_curves(
+    weights: str, stub: StubDetector, voc_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["refinedet.detector"].RefineDet, "from_pretrained", lambda name, device: stub)
+    for name in ("best", "last"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "metrics.csv").write_text("iteration,total\n1,2\n2,1\n")
+    report = tmp_path / "report"
+    assert cli.main(["evaluate", f"{tmp_path}/{weights}", str(voc_folder()), "--report", str(report)]) == 0
+    assert "Loss over iterations" in (report / "index.html").read_text()
 
 
 def test_evaluate_takes_everything_of_undivided_data(

@@ -39,6 +39,16 @@ def test_box_lies_where_it_should() -> None:
     assert not image.any()
 
 
+def test_colors_may_be_given() -> None:
+    drawn = draw_boxes(
+        blank(300, 200), [[10, 60, 90, 160], [150, 60, 250, 160]], [0, 0], NAMES, colors=[(1, 2, 3), (4, 5, 6)]
+    )
+    assert tuple(drawn[159, 50]) == (1, 2, 3)
+    assert tuple(drawn[159, 200]) == (4, 5, 6)
+    with pytest.raises(UsageError, match="1 boxes but 2 colours"):
+        draw_boxes(blank(5, 5), [[0, 0, 1, 1]], [0], NAMES, colors=[(1, 2, 3), (4, 5, 6)])
+
+
 def test_label_is_drawn_and_stays_inside() -> None:
     for box in ([0, 0, 300, 200], [280, 0, 300, 10], [290, 190, 300, 200], [0, 190, 10, 200]):
         with_label = draw_boxes(blank(300, 200), [box], [1], NAMES, [0.875])

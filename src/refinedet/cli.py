@@ -28,6 +28,7 @@ import refinedet
 import refinedet.weights
 from refinedet.config import PRESETS, ModelConfig, Preset, TrainConfig, get_preset
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +103,8 @@ class EvaluateCall:
     metric: Literal["voc07", "voc", "coco"] = "voc07"
     """11-point AP of VOC 2007, area AP of VOC 2010 and later, or COCO's twelve numbers."""
     report: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
-    """Folder for the figures and all detections as JSON and CSV."""
+    """Folder for index.html, a page on which the errors can be seen, and for the figures and all detections as JSON and
+    CSV."""
     multi_scale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Test at several sizes, flipped too, and merge by box voting: the paper's "+" rows, 16 to 40 times the work."""
     submission: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -418,6 +420,7 @@ def _evaluate(arguments: list[str]) -> int:
 
     from refinedet.data.dataset import list_splits
     from refinedet.detector import RefineDet
+    from refinedet.evaluation.page import write_page
     from refinedet.evaluation.report import evaluate
     from refinedet.training.distributed import pick_device
 
@@ -446,8 +449,20 @@ def _evaluate(arguments: list[str]) -> int:
     if call.submission is not None:
         print(f"submission: {call.submission}")
     if call.report is not None:
-        print(f"report: {report.save(call.report)}")
+        folder = report.save(call.report)
+        write_page(report, folder, metrics_csv=_log_of_run(call.weights))
+        print(f"report: {folder}  (see {folder / 'index.html'})")
     return 0
+
+
+def _log_of_run(weights: str) -> Path | None:
+    """metrics.csv, if the weights are a run folder or lie in one."""
+    from refinedet.loggers import METRICS_FILE
+
+    path = Path(weights).expanduser()
+    log = (path.parent if path.name in ("best", "last") else path) / METRICS_FILE
+    # A model in the box goes before a folder of the same name.
+    return log if refinedet.weights.folder_of(weights) is None and log.is_file() else None
 
 
 def _at_least_one(name: str, value: int) -> None:
@@ -499,7 +514,7 @@ def _predict(arguments: list[str]) -> int:
         print(f"drawn: {copies.written} image{'s' * (copies.written != 1)} in {call.save}")
     if call.json is not None:
         if call.json_format == "coco":
-            _write_json(call.json, _coco_results(found))
+            write_text(call.json, _json_text(_coco_results(found)))
         else:
             content = {
                 "model": call.weights,
@@ -508,7 +523,7 @@ def _predict(arguments: list[str]) -> int:
                 "images": [detections.to_dict() for detections in found],
                 "failed": failed,
             }
-            _write_json(call.json, content)
+            write_text(call.json, _json_text(content))
         print(f"json: {call.json}")
     return 1 if failed else 0
 
@@ -567,16 +582,8 @@ def _make_folder(folder: Path) -> None:
         raise RefineDetError(f"{folder}: the folder cannot be made ({reason})") from None
 
 
-def _write_json(path: Path, content: object) -> None:
-    """Write aside, then move into place: an earlier file is not lost to a full disk."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise RefineDetError(f"{path}: cannot be written ({error.strerror or error})") from None
+def _json_text(content: object) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 class _Copies:

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TextIO
 
 from refinedet.errors import RefineDetError, UsageError
 
+METRICS_FILE = "metrics.csv"
+"""The CSV file of a run folder."""
 _STEP = "iteration"
 
 

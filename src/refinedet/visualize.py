@@ -57,6 +57,8 @@ def draw_boxes(
     labels: npt.ArrayLike,
     class_names: Sequence[str],
     scores: npt.ArrayLike | None = None,
+    *,
+    colors: Sequence[tuple[int, int, int]] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """A copy of the image with boxes and their class names on it.
 
@@ -69,12 +71,13 @@ def draw_boxes(
         labels: (D,) class indices; one outside ``class_names`` is written as its number.
         class_names: Name of each label.
         scores: (D,) scores in 0..1, written as a percentage behind the name; boxes of high score are drawn on top.
+        colors: D colours, each red, green and blue, 0..255; default: those of the classes.
 
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        UsageError: the image is not (H, W, 3) uint8, or the lengths of boxes, labels and scores differ.
+        UsageError: the image is not (H, W, 3) uint8, or the lengths of boxes, labels, scores and colours differ.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise UsageError(f"an image to draw on must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
@@ -87,6 +90,10 @@ def draw_boxes(
             + ("" if score_array is None else f", {len(score_array)} scores")
             + ": the numbers must be equal"
         )
+    if colors is None:
+        colors = [class_color(int(label)) for label in label_array]
+    elif len(colors) != len(box_array):
+        raise UsageError(f"{len(box_array)} boxes but {len(colors)} colours: the numbers must be equal")
     height, width = image.shape[:2]
     if height == 0 or width == 0:
         return image.copy()
@@ -103,14 +110,14 @@ def draw_boxes(
         if pixels is not None:
             visible.append((index, pixels))
     for index, pixels in reversed(visible):
-        draw.rectangle(pixels, outline=class_color(int(label_array[index])), width=line)
+        draw.rectangle(pixels, outline=colors[index], width=line)
     taken: list[_Rectangle] = []
     for index, pixels in visible:
         label = int(label_array[index])
         text = class_names[label] if 0 <= label < len(class_names) else f"class {label}"
         if score_array is not None:
             text += f" {score_array[index]:.0%}"
-        _draw_label(draw, text, class_color(label), pixels, (width, height), font_size, line, taken)
+        _draw_label(draw, text, colors[index], pixels, (width, height), font_size, line, taken)
     return np.asarray(canvas)
 
 
@@ -248,7 +255,7 @@ def plot_curves(metrics: Path, picture: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("curves need matplotlib: pip install 'refinedet[report]'") from None
-    curves = _read_curves(metrics)
+    curves = read_curves(metrics)
     panels = [
         ("loss", [name for name in curves if "loss" in name or name == "total" or name.startswith(("arm_", "odm_"))]),
         ("mAP", [name for name in curves if "AP" in name]),
@@ -274,7 +281,12 @@ def plot_curves(metrics: Path, picture: Path) -> None:
         raise RefineDetError(f"{picture}: cannot be written ({error})") from None
 
 
-def _read_curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
+def read_curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """The columns of a run's ``metrics.csv``: name to (iterations, values), without the cells that are empty.
+
+    Raises:
+        RefineDetError: the file cannot be read or is no table of metrics.
+    """
     curves: dict[str, tuple[list[int], list[float]]] = {}
     try:
         with metrics.open(encoding="utf-8", newline="") as file:

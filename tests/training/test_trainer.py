@@ -119,9 +119,12 @@ def test_a_run_folder_holds_what_is_promised(voc_folder: FolderFactory, tmp_path
         backbone_weights="random", device="cpu",
     )  # fmt: skip
     for name in ("config.json", "metrics.csv", "last.ckpt", "last/model.safetensors", "last/config.json",
-                 "last/README.md", "best/model.safetensors", "report/report.json"):  # fmt: skip
+                 "last/README.md", "best/model.safetensors", "report/report.json", "report/index.html"):  # fmt: skip
         assert (tmp_path / "run" / name).is_file(), name
     assert not list((tmp_path / "run").rglob(".*")), "files written aside are gone"
+    page = (tmp_path / "run/report/index.html").read_text()
+    assert "Loss over iterations" in page
+    assert "mAP on the evaluation split" in page
     content = json.loads((tmp_path / "run/last/config.json").read_text())
     assert content["class_names"] == ["cat", "dog"]
     assert content["metrics"]["images"] == 3

@@ -192,8 +192,27 @@ def voc_average_precision(
         recall.append(hits / max(1, positives[label]))
         kept_scores.append(scores[chosen][counts][: len(hits)])
         if positives[label] > 0:
-            average_precision[label] = _average_precision(hits, int(positives[label]), precision[-1], method)
+            average_precision[label] = average_precision_of_hits(hits, int(positives[label]), method)
     return VocResult(average_precision, positives, tuple(precision), tuple(recall), tuple(kept_scores))
+
+
+def average_precision_of_hits(hits: npt.NDArray[np.int64], positives: int, method: VocMethod) -> float:
+    """Average precision of one class from its detections, best score first.
+
+    Args:
+        hits: (D,) true positives among the first 1, 2, ... D detections that count.
+        positives: objects that count, at least 1.
+        method: "11-point" or "area", as for ``voc_average_precision``.
+
+    Returns:
+        0..1.
+    """
+    precision = hits / np.arange(1, len(hits) + 1)
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    if method == "11-point":
+        return float(envelope[np.searchsorted(hits / positives, _ELEVEN_RECALLS)].mean())
+    steps = np.diff(hits, prepend=0)
+    return float((steps * envelope[:-1]).sum() / positives)
 
 
 def interpolate_precision(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> _Floats:
@@ -297,14 +316,6 @@ def coco_average_precision(
         positives=positives,
         curves=np.maximum(precision[0].T, 0.0),
     )
-
-
-def _average_precision(hits: _Ints, positives: int, precision: _Floats, method: VocMethod) -> float:
-    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    if method == "11-point":
-        return float(envelope[np.searchsorted(hits / positives, _ELEVEN_RECALLS)].mean())
-    steps = np.diff(hits, prepend=0)
-    return float((steps * envelope[:-1]).sum() / positives)
 
 
 def _best_overlaps(

@@ -95,6 +95,10 @@ class Report(Mapping[str, float]):
     """What was found, one entry per image evaluated."""
     image_ids: list[int | str] = field(repr=False)
     """The data's id of each of these images."""
+    dataset: DetectionDataset = field(repr=False)
+    """The data, for whoever wants to look at the pictures (``evaluation.page``)."""
+    indices: list[int] = field(repr=False)
+    """The position of each of these images in ``dataset``."""
     category_ids: tuple[int, ...] | None = field(default=None, repr=False)
     """COCO's category id of each label, if the data has such ids."""
 
@@ -402,6 +406,8 @@ def _report(
         curves={},
         detections=[detections[index] for index in indices],
         image_ids=[dataset[index].image_id for index in indices],
+        dataset=dataset,
+        indices=indices,
         category_ids=dataset.category_ids,
     )
 

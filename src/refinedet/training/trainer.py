@@ -24,7 +24,7 @@ from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.page import write_page
 from refinedet.evaluation.report import Report, collect_detections, evaluate_detections
-from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
+from refinedet.loggers import METRICS_FILE, ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
 from refinedet.model.backbones import imagenet_state
 from refinedet.training.batches import Batch, training_batches
 from refinedet.training.card import model_card
@@ -34,7 +34,7 @@ from refinedet.training.loss import RefineDetLoss, set_background_prior
 from refinedet.training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
 from refinedet.weights.transfer import Transfer, adopt_config, transfer_classes
 
-CONFIG_FILE, CHECKPOINT_FILE, METRICS_FILE = "config.json", "last.ckpt", "metrics.csv"
+CONFIG_FILE, CHECKPOINT_FILE = "config.json", "last.ckpt"
 LOSSES = ("arm_classification", "arm_localization", "odm_classification", "odm_localization", "total")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

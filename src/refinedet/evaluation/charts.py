@@ -1,0 +1,160 @@
+"""Line charts as SVG text, for a page that needs no other file. Colours come from the page's style sheet.
+
+A line has the class ``line-1``, ``line-2``, ... in the order given; texts are ``tick``, ``axis`` or ``name``. Sizes are
+in units of the view box, which the page scales to the room there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+Range = tuple[float, float]
+
+_LETTER = 6.4
+"""Width of a letter of the names at the end of lines, on average."""
+_LINE_HEIGHT = 13.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart; points without a finite value are left out."""
+
+    name: str
+    """Written at its end, if the chart names its lines."""
+    x: Sequence[float]
+    """P values."""
+    y: Sequence[float]
+    """P values."""
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    title: str,
+    description: str,
+    axes: tuple[str, str],
+    x_range: Range,
+    y_range: Range,
+    ticks: tuple[Sequence[float], Sequence[float]] | None = None,
+    dot: tuple[float, float] | None = None,
+    named: bool = False,
+    marked: bool = False,
+    size: tuple[int, int] = (240, 190),
+) -> str:
+    """A chart as one ``<svg>`` element.
+
+    Args:
+        lines: what to draw, the first on top.
+        title: read out instead of the chart, and shown under the mouse.
+        description: what the lines say, in a sentence, for who cannot see them.
+        axes: what x and y are, with their units.
+        x_range: first and last value of the x axis.
+        y_range: the same of the y axis.
+        ticks: values to write at the axes; default: round numbers.
+        dot: a point to mark.
+        named: write the names at the ends of the lines.
+        marked: mark every point of the lines, for lines of few points.
+        size: width and height.
+    """
+    width, height = size
+    longest = max((len(line.name) for line in lines), default=0) if named else 0
+    x_ticks, y_ticks = ticks or (round_ticks(*x_range), round_ticks(*y_range))
+    left = 24.0 + _LETTER * max(len(short(value)) for value in y_ticks)
+    right, top, bottom = width - 12.0 - _LETTER * longest, 10.0, height - 36.0
+
+    def place_x(value: float) -> float:
+        return left + (right - left) * (value - x_range[0]) / ((x_range[1] - x_range[0]) or 1.0)
+
+    def place_y(value: float) -> float:
+        return bottom - (bottom - top) * (value - y_range[0]) / ((y_range[1] - y_range[0]) or 1.0)
+
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
+        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    ]
+    for value in y_ticks:
+        y = _number(place_y(value))
+        parts.append(f'<path class="grid" d="M{_number(left)} {y}H{_number(right)}"/>')
+        parts.append(f'<text class="tick end" x="{_number(left - 6)}" y="{y}" dy=".35em">{short(value)}</text>')
+    for value in x_ticks:
+        x = _number(place_x(value))
+        parts.append(f'<path class="grid" d="M{x} {_number(top)}V{_number(bottom)}"/>')
+        parts.append(f'<text class="tick middle" x="{x}" y="{_number(bottom + 14)}">{short(value)}</text>')
+    middle_x, middle_y = _number((left + right) / 2), _number((top + bottom) / 2)
+    parts.append(f'<text class="axis middle" x="{middle_x}" y="{_number(height - 5)}">{escape(axes[0])}</text>')
+    parts.append(f'<text class="axis middle" transform="translate(10 {middle_y}) rotate(-90)">{escape(axes[1])}</text>')
+    ends: list[tuple[float, int, str]] = []
+    for number, line in reversed(list(enumerate(lines, start=1))):
+        points = [
+            (place_x(x), min(max(place_y(y), top), bottom))
+            for x, y in zip(line.x, line.y, strict=True)
+            if math.isfinite(x) and math.isfinite(y)
+        ]
+        if not points:
+            continue
+        path = "L".join(f"{_number(x)} {_number(y)}" for x, y in _without_flat_runs(points))
+        parts.append(f'<path class="line line-{number}" d="M{path}"/>')
+        if marked or len(points) == 1:
+            parts += [
+                f'<circle class="mark mark-{number}" cx="{_number(x)}" cy="{_number(y)}" r="3"/>' for x, y in points
+            ]
+        ends.append((points[-1][1], number, line.name))
+    if dot is not None:
+        parts.append(f'<circle class="dot" cx="{_number(place_x(dot[0]))}" cy="{_number(place_y(dot[1]))}" r="4"/>')
+    if named:
+        for end, number, name in _apart(ends, top, bottom):
+            parts.append(
+                f'<text class="name name-{number}" x="{_number(right + 6)}" y="{_number(end)}" dy=".35em">'
+                f"{escape(name)}</text>"
+            )
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """At most ``most`` round numbers from ``low`` to ``high``, both included where they are round."""
+    span = high - low
+    if not (math.isfinite(span) and span > 0):
+        return [low]
+    step = 10.0 ** math.floor(math.log10(span / most))
+    while math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9) + 1 > most:
+        # 1, 2, 5, 10, 20, ...
+        step *= 2.5 if f"{step:e}".startswith("2") else 2.0
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * k, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """A number for an axis: 0.5, 20, 20k, 1.5M."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}".rstrip("0").rstrip(".")
+
+
+def _without_flat_runs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same line without points between two of equal height: curves of precision are mostly flat."""
+    return [
+        point
+        for index, point in enumerate(points)
+        if index in (0, len(points) - 1) or not points[index - 1][1] == point[1] == points[index + 1][1]
+    ]
+
+
+def _apart(ends: Sequence[tuple[float, int, str]], top: float, bottom: float) -> list[tuple[float, int, str]]:
+    """Names moved so that none covers another: down from the highest, then up from the lowest."""
+    ordered = sorted(ends)
+    heights = [max(top, y) for y, _, _ in ordered]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + _LINE_HEIGHT)
+    limit = bottom
+    for index in reversed(range(len(heights))):
+        heights[index] = min(heights[index], limit)
+        limit = heights[index] - _LINE_HEIGHT
+    return [(height, number, name) for height, (_, number, name) in zip(heights, ordered, strict=True)]
