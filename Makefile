@@ -33,7 +33,7 @@ lint: $(VENV)/.installed-dev
 
 clean:
 	rm -rf $(VENV) demo-output dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an installation that was interrupted is done again.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python

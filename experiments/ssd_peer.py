@@ -1,0 +1,227 @@
+"""torchvision's SSD300-VGG16 under our conditions: our batches, our optimiser, our evaluator; its own loss and NMS.
+
+torchvision counts background as label 0 and the classes from 1; here classes count from 0 and background comes last.
+``ssd_targets`` and ``SSDPeer.predict_arrays`` are the only two places that translate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSD
+
+from refinedet.config import ModelConfig, TrainConfig
+from refinedet.data.dataset import DetectionDataset
+from refinedet.detections import Detections
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.loggers import METRICS_FILE, ConsoleLogger, CsvLogger, LoggerGroup
+from refinedet.model.backbones import VGG16
+from refinedet.preprocess import preprocess
+from refinedet.training.batches import training_batches
+from refinedet.training.checkpoint import load_checkpoint, save_checkpoint
+from refinedet.training.matching import Targets
+from refinedet.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from refinedet.training.trainer import CHECKPOINT_FILE
+
+SIZE = (300, 300)
+"""Height and width of SSD300's input."""
+
+
+class _Prepared(nn.Module):
+    """In place of torchvision's resizing and normalising: our batches are both already."""
+
+    def forward(
+        self, images: Tensor, targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[ImageList, list[dict[str, Tensor]] | None]:
+        """(B, 3, H, W) and targets, unchanged."""
+        return ImageList(images, [(images.shape[-2], images.shape[-1])] * len(images)), targets
+
+    def postprocess(
+        self, found: list[dict[str, Tensor]], _: list[tuple[int, int]], __: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Boxes stay in pixels of the input."""
+        return found
+
+
+def build_ssd(num_classes: int, weights: Mapping[str, Tensor] | None, source: str = "") -> SSD:
+    """SSD300-VGG16, every layer trained.
+
+    Args:
+        num_classes: object classes, background not counted.
+        weights: ImageNet weights of VGG-16 in torchvision's layout, fc6 and fc7 subsampled as in RefineDet's
+            backbone where they are there; None starts from random numbers.
+        source: where they are from, for messages.
+
+    Raises:
+        RefineDetError: these are not weights of VGG-16.
+    """
+    network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes + 1)
+    network.transform = _Prepared()
+    if weights is not None:
+        own = VGG16()
+        with torch.no_grad():
+            random_layers = own.load_imagenet(weights, source)
+        body, (*rest, fully_connected) = network.backbone.features, network.backbone.extra[0]
+        pairs = list(zip(_convolutions(own.features), _convolutions([*body, *rest]), strict=True))
+        if "fc6" not in random_layers:
+            pairs += zip([own.fc6, own.fc7], _convolutions(fully_connected), strict=True)
+        for ours, theirs in pairs:
+            theirs.load_state_dict(ours.state_dict())
+    return network
+
+
+def _convolutions(layers: Sequence[nn.Module] | nn.Sequential) -> list[nn.Conv2d]:
+    return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+
+
+def ssd_targets(targets: Targets, device: torch.device) -> list[dict[str, Tensor]]:
+    """Targets of a batch as torchvision wants them: classes from 1, no padding, no box without an area (it refuses)."""
+    kept = targets.valid & (targets.boxes[..., 2:] > targets.boxes[..., :2]).all(dim=-1)
+    return [
+        {
+            "boxes": boxes[keep].to(device, non_blocking=True),
+            "labels": (labels[keep] + 1).to(device, non_blocking=True),
+        }
+        for boxes, labels, keep in zip(targets.boxes, targets.labels, kept, strict=True)
+    ]
+
+
+class SSDPeer:
+    """A trained SSD as our evaluator wants it.
+
+    Args:
+        network: from ``build_ssd``.
+        config: mean, std, channel order and resizing of its input; the rest says nothing about it.
+        class_names: in label order, background not among them.
+        size: height and width of its input.
+    """
+
+    def __init__(
+        self, network: SSD, config: ModelConfig, class_names: Sequence[str], size: tuple[int, int] = SIZE
+    ) -> None:
+        self.network, self.config, self.class_names, self.size = network, config, tuple(class_names), size
+
+    @torch.inference_mode()
+    def predict_arrays(
+        self, images: Sequence[npt.NDArray[np.uint8]], *, threshold: float | None = None
+    ) -> list[Detections]:
+        """One ``Detections`` for each (H, W, 3) RGB picture, boxes in its pixels, best first."""
+        device = next(self.network.parameters()).device
+        inputs = torch.from_numpy(np.stack([preprocess(image, self.config, self.size) for image in images]))
+        self.network.eval()
+        results = []
+        for image, found in zip(images, self.network(inputs.to(device)), strict=True):
+            rows, columns = image.shape[:2]
+            factor = np.array([columns / self.size[1], rows / self.size[0]] * 2, dtype=np.float32)
+            one = Detections(
+                boxes=found["boxes"].cpu().numpy() * factor,
+                scores=found["scores"].cpu().numpy(),
+                labels=found["labels"].cpu().numpy() - 1,
+                class_names=self.class_names,
+                image_size=(columns, rows),
+            )
+            results.append(one if threshold is None else one.filter(threshold=threshold))
+        return results
+
+
+def train_ssd(
+    peer: SSDPeer,
+    settings: TrainConfig,
+    dataset: DetectionDataset,
+    folder: Path,
+    *,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> bool:
+    """Train with the batches, the optimiser and the schedule of a RefineDet of the same settings.
+
+    Args:
+        peer: with its first weights; trained in place.
+        settings: iterations, batch, rates, precision (fp32 or bf16), seed, workers, save_every.
+        dataset: to train on.
+        folder: receives metrics.csv and last.ckpt; a checkpoint that is there is continued, bit for bit on the same
+            machine and number of threads.
+        device: where to train.
+        stop: asked after every iteration; True saves and ends the call.
+
+    Returns:
+        Whether the last iteration is done.
+
+    Raises:
+        RefineDetError: a loss that is no finite number, a bad checkpoint, a full disk.
+    """
+    if settings.precision == "fp16" or settings.accumulation_steps > 1:
+        raise UsageError("SSD is trained in fp32 or bf16 and without accumulation: choose one of these")
+    network = peer.network.to(device)
+    if settings.channels_last:
+        network.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(network, settings)
+    checkpoint = folder / CHECKPOINT_FILE
+    iteration = 0
+    if checkpoint.exists():
+        state = load_checkpoint(checkpoint)
+        iteration = state["iteration"]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    def save() -> None:
+        save_checkpoint(
+            checkpoint,
+            {"iteration": iteration, "network": network.state_dict(), "optimizer": optimizer.state_dict()},
+        )
+
+    if settings.compile:
+        network.backbone.compile()
+        network.head.compile()
+    batches = training_batches(
+        dataset,
+        peer.config,
+        settings,
+        start=iteration,
+        pin_memory=device.type == "cuda",
+        image_size=peer.size,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    log = CsvLogger(folder / METRICS_FILE, resume_step=iteration or None)
+    network.train()
+    with LoggerGroup([ConsoleLogger(settings.iterations, start=iteration), log]) as loggers:
+        for batch in batches:
+            set_learning_rate(optimizer, learning_rate_at(settings, iteration))
+            images = batch.images.to(device, non_blocking=True)
+            if settings.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            half = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
+            with half:
+                losses: dict[str, Tensor] = network(images, ssd_targets(batch.targets, device))
+            total = torch.stack(list(losses.values())).sum()
+            value = total.item()
+            if not math.isfinite(value):
+                raise RefineDetError(
+                    f"SSD: the loss of iteration {iteration + 1} is not finite; lower --learning-rate or set "
+                    f"--warmup-iterations. Images: {', '.join(batch.names)}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(total)
+            if settings.gradient_clip_norm is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip_norm)
+            optimizer.step()
+            iteration += 1
+            finished = iteration == settings.iterations
+            if iteration % settings.log_every == 0 or finished:
+                parts = {name: loss.item() for name, loss in losses.items()}
+                loggers.log(iteration, {**parts, "total": value})
+            asked = not finished and stop()
+            if asked or finished or iteration % settings.save_every == 0:
+                save()
+            if asked:
+                return False
+    return True

@@ -1,0 +1,53 @@
+"""What the experiments share: a clock that ends a step, one-line errors, a line about the machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from refinedet.errors import RefineDetError
+
+
+class Deadline:
+    """True once so many minutes have passed since it was made; never without minutes."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def __call__(self) -> bool:
+        """Whether the time is up."""
+        return self.end is not None and time.monotonic() >= self.end
+
+
+def run_main(main: Callable[[Sequence[str] | None], int]) -> None:
+    """Leave the program with what ``main`` returns; a user's mistake is one line on standard error."""
+    try:
+        sys.exit(main(None))
+    except RefineDetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def machine() -> str:
+    """Device and versions, for the line below a table."""
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every program that trains in steps."""
+    parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or one year of it")
+    parser.add_argument("--state", type=Path, required=True, help="folder of runs and checkpoints; kept between calls")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the small files that are to be kept")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same call again goes on")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="loading processes")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
