@@ -480,7 +480,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "voc07-320-resnet18": Preset(
         model=ModelConfig(
-            backbone="resnet18", tcb_channels=128, tcb_batch_norm=True, backbone_norm="frozen", frozen_stages=2
+            backbone="resnet18",
+            tcb_channels=128,
+            tcb_batch_norm=True,
+            backbone_norm="frozen",
+            frozen_stages=2,
+            # 400 of the paper are used up by a dozen crowded objects, each of which gets dozens of boxes.
+            inference=InferenceConfig(candidates=1000),
         ),
         train=TrainConfig(
             iterations=4_400,
