@@ -17,11 +17,10 @@ from collections.abc import Sequence
 import torch
 
 from experiments.pack import pack_note, write_weights
-from experiments.steps import Deadline, add_run_arguments, machine, run_main
+from experiments.steps import Deadline, add_run_arguments, machine, precision_of, run_main, train_on
 from refinedet.config import get_preset
 from refinedet.files import write_text
 from refinedet.training.distributed import pick_device
-from refinedet.training.trainer import CHECKPOINT_FILE, resume, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             batch_size=chosen.batch_size,
             learning_rate=chosen.learning_rate,
             size_schedule=(),  # Small pictures first was for a CPU.
-            precision=chosen.precision or ("bf16" if device.type == "cuda" else "fp32"),
+            precision=precision_of(chosen, device),
             compile=chosen.compile,
             workers=chosen.workers,
             train_split=split,
@@ -65,17 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log_every=max(1, chosen.iterations // 50),
             save_every=1_000,
         )
-        if (folder / CHECKPOINT_FILE).exists():
-            run = resume(folder, device=str(device), stop=stop)
-        else:
-            run = train(
-                dataclasses.replace(preset, train=training),
-                chosen.data,
-                out=folder,
-                backbone_weights=chosen.weights,
-                device=str(device),
-                stop=stop,
-            )
+        wanted = dataclasses.replace(preset, train=training)
+        run = train_on(wanted, chosen.data, folder, weights=chosen.weights, device=str(device), stop=stop)
         if not run.finished:
             print(f"time is up; the same call again goes on with {split}")
             return 0

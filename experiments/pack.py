@@ -26,12 +26,12 @@ import numpy as np
 from PIL import Image
 
 from experiments.steps import run_main
-from refinedet.config import from_dict, to_dict
+from refinedet.config import load_json, save_json
 from refinedet.data.dataset import DetectionDataset, Record, open_dataset
 from refinedet.data.voc import find_folders
 from refinedet.detector import WEIGHTS_FILE, RefineDet
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import read_json, write_atomically, write_text
+from refinedet.files import read_json, write_atomically, write_bytes
 
 MANIFEST_FILE, ARCHIVE_FILE, PACK_FILE = "manifest.json", "pack.zip", "pack.json"
 SPLITS = ("train", "val")
@@ -75,10 +75,10 @@ def cut(path: Path, folder: Path, part_bytes: int) -> Manifest:
         while data := stream.read(part_bytes):
             whole.update(data)
             part = Part(name=f"{path.name}.{len(parts):03}", bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-            _write_bytes(folder / part.name, data)
+            write_bytes(folder / part.name, data)
             parts.append(part)
     manifest = Manifest(name=path.name, sha256=whole.hexdigest(), parts=tuple(parts))
-    write_text(folder / MANIFEST_FILE, json.dumps(to_dict(manifest), indent=2) + "\n")
+    save_json(manifest, folder / MANIFEST_FILE)
     return manifest
 
 
@@ -88,8 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         RefineDetError: there is none, or it is no manifest.
     """
-    path = folder / MANIFEST_FILE
-    return from_dict(Manifest, read_json(path), source=str(path))
+    return load_json(Manifest, folder / MANIFEST_FILE)
 
 
 def read_part(folder: Path, part: Part) -> bytes:
@@ -149,10 +148,10 @@ def store(folder: Path, target: Path) -> list[str]:
     missing = []
     for part in manifest.parts:
         if (folder / part.name).exists():
-            _write_bytes(kept / part.name, read_part(folder, part))
+            write_bytes(kept / part.name, read_part(folder, part))
         elif not (kept / part.name).exists():
             missing.append(part.name)
-    _write_bytes(kept / MANIFEST_FILE, (folder / MANIFEST_FILE).read_bytes())
+    write_bytes(kept / MANIFEST_FILE, (folder / MANIFEST_FILE).read_bytes())
     if not missing:
         archive = join(kept)
         with zipfile.ZipFile(archive) as packed:
@@ -286,13 +285,6 @@ def write_weights(model: RefineDet, folder: Path, part_bytes: int = 15 << 20) ->
         manifest = cut(Path(aside) / WEIGHTS_FILE, folder, part_bytes)
         shutil.copy(Path(aside) / "config.json", folder / "config.json")
     return manifest
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    def write(aside: Path) -> None:
-        aside.write_bytes(data)
-
-    write_atomically(path, write)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ and table.md; a variant that stands in results.json is not trained again, even i
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import statistics
@@ -29,7 +28,7 @@ import torch
 
 from experiments.pack import pack_note
 from experiments.ssd_peer import SSDPeer, build_ssd, train_ssd
-from experiments.steps import Deadline, add_run_arguments, machine, run_main
+from experiments.steps import Deadline, add_run_arguments, machine, precision_of, run_main, train_on
 from refinedet.ablations import VARIANTS, variant_of
 from refinedet.config import ModelConfig, Preset, TrainConfig, get_preset
 from refinedet.data.dataset import open_dataset
@@ -39,7 +38,7 @@ from refinedet.evaluation.report import Report, evaluate
 from refinedet.files import read_json, write_text
 from refinedet.loggers import METRICS_FILE
 from refinedet.training.distributed import pick_device
-from refinedet.training.trainer import CHECKPOINT_FILE, resume, train
+from refinedet.visualize import read_curves
 
 RESULTS_FILE, TABLE_FILE, SETTINGS_FILE = "results.json", "table.md", "settings.json"
 SSD = "ssd300"
@@ -87,10 +86,8 @@ def train_variant(
     """Train one variant to its end, or on from its checkpoint, and measure it; None if ``stop`` came first."""
     torch.compiler.reset()  # Or the eighth network would run uncompiled.
     if name != SSD:
-        if (folder / CHECKPOINT_FILE).exists():
-            return resume(folder, device=device, stop=stop).report
         preset = dataclasses.replace(preset, model=model_of(name, preset.model))
-        return train(preset, data, out=folder, backbone_weights=weights, device=device, stop=stop).report
+        return train_on(preset, data, folder, weights=weights, device=device, stop=stop).report
     settings = preset.train
     dataset = open_dataset(data, settings.train_split)
     torch.manual_seed(settings.seed)
@@ -104,8 +101,8 @@ def train_variant(
 
 def learning_curve(folder: Path) -> list[list[float]]:
     """[iteration, total loss] of each logged iteration of a run."""
-    with (folder / METRICS_FILE).open(encoding="utf-8", newline="") as stream:
-        return [[int(row["iteration"]), float(row["total"])] for row in csv.DictReader(stream) if row.get("total")]
+    steps, totals = read_curves(folder / METRICS_FILE).get("total", ([], []))
+    return [[step, total] for step, total in zip(steps, totals, strict=True)]
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -196,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     stop = Deadline(chosen.minutes)
     device = pick_device(chosen.device)
-    precision: Any = chosen.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = precision_of(chosen, device)
     torch.backends.cudnn.benchmark = True  # Sizes stay the same, so the fastest algorithms are worth looking for.
     model = get_preset(chosen.preset).model
     # What goes wrong for all variants goes wrong here, before the first of them.

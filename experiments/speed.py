@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import json
 import statistics
@@ -45,6 +44,7 @@ from refinedet.training.distributed import pick_device
 from refinedet.training.loss import RefineDetLoss
 from refinedet.training.optim import build_optimizer
 from refinedet.training.trainer import train
+from refinedet.visualize import read_curves
 
 PAPER_FPS = {320: 40.3, 512: 24.1}
 """Batch 1, Titan X (Maxwell), network and post-processing (paper, Table 1), by the side of the input."""
@@ -146,8 +146,7 @@ def time_training(preset: Preset, data: Path, device: torch.device, iterations: 
         train(
             dataclasses.replace(preset, train=settings), data, out=folder, backbone_weights="random", device=str(device)
         )
-        with (Path(folder) / METRICS_FILE).open(encoding="utf-8", newline="") as stream:
-            rates = [float(row["images_per_second"]) for row in csv.DictReader(stream)]
+        _, rates = read_curves(Path(folder) / METRICS_FILE)["images_per_second"]
     return statistics.mean(rates[1:])
 
 

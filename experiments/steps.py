@@ -1,4 +1,4 @@
-"""What the experiments share: a clock that ends a step, one-line errors, a line about the machine."""
+"""What the experiments share: a clock that ends a step, a training that goes on, one-line errors, the machine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from refinedet.config import Preset
 from refinedet.errors import RefineDetError
+from refinedet.training.trainer import CHECKPOINT_FILE, Run, resume, train
 
 
 class Deadline:
@@ -24,6 +27,19 @@ class Deadline:
     def __call__(self) -> bool:
         """Whether the time is up."""
         return self.end is not None and time.monotonic() >= self.end
+
+
+def train_on(preset: Preset, data: Path, folder: Path, *, weights: str, device: str, stop: Callable[[], bool]) -> Run:
+    """Train a preset in ``folder``, or go on from the checkpoint there, until it is done or ``stop`` says so."""
+    if (folder / CHECKPOINT_FILE).exists():
+        return resume(folder, device=device, stop=stop)
+    return train(preset, data, out=folder, backbone_weights=weights, device=device, stop=stop)
+
+
+def precision_of(chosen: argparse.Namespace, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The precision asked for by a flag of ``add_run_arguments``, or the device's default."""
+    asked: Literal["fp32", "bf16"] | None = chosen.precision
+    return asked or ("bf16" if device.type == "cuda" else "fp32")
 
 
 def run_main(main: Callable[[Sequence[str] | None], int]) -> None:

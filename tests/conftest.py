@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image
 
 SHARED_DATA = Path(__file__).parents[1] / "../shared/data"
@@ -36,6 +37,15 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data")
     return SHARED_DATA.resolve()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums over threads may be ordered differently from run to run; with one thread they cannot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -450,8 +450,8 @@ def _evaluate(arguments: list[str]) -> int:
         print(f"submission: {call.submission}")
     if call.report is not None:
         folder = report.save(call.report)
-        write_page(report, folder, metrics_csv=_log_of_run(call.weights))
-        print(f"report: {folder}  (see {folder / 'index.html'})")
+        page = write_page(report, folder, metrics_csv=_log_of_run(call.weights))
+        print(f"report: {folder}  (see {page})")
     return 0
 
 

@@ -18,7 +18,7 @@ import refinedet.weights
 from refinedet.config import ModelConfig, from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import read_json, write_atomically, write_text
+from refinedet.files import read_json, write_bytes, write_text
 from refinedet.media import read_image
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
@@ -236,7 +236,7 @@ class RefineDet:
         }
         data = save(state, metadata={"format": "pt"})
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        write_atomically(target / WEIGHTS_FILE, lambda aside: _write(aside, data))
+        write_bytes(target / WEIGHTS_FILE, data)
         write_text(target / CONFIG_FILE, text)
         if card is not None:
             write_text(target / CARD_FILE, card)
@@ -272,11 +272,6 @@ class RefineDet:
         path = folder / WEIGHTS_FILE
         load_weights(detector.network, read_safetensors(path), str(path))
         return detector.to(device)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
 
 
 def _to_array(source: ImageSource) -> npt.NDArray[np.uint8]:

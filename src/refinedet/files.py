@@ -50,17 +50,26 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
                 aside.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """``write_atomically`` of UTF-8 text.
+def write_bytes(path: Path, data: bytes) -> None:
+    """``write_atomically`` of bytes.
 
     Raises:
         RefineDetError: as ``write_atomically``.
     """
 
     def write(aside: Path) -> None:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(data)
 
     write_atomically(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_atomically`` of UTF-8 text.
+
+    Raises:
+        RefineDetError: as ``write_atomically``.
+    """
+    write_bytes(path, text.encode())
 
 
 def read_json(path: Path) -> Any:

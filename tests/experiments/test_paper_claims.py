@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from experiments.paper_claims import check_settings, main, table
 from experiments.steps import Deadline
 
@@ -15,14 +14,7 @@ from conftest import FolderFactory
 from experiments import paper_claims
 from refinedet.errors import RefineDetError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Sums over threads may be ordered differently from run to run; with one thread they cannot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def results(**figures: list[float]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,13 +25,7 @@ CPU = torch.device("cpu")
 CONFIG = ModelConfig(num_classes=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Sums over threads may be ordered differently from run to run; with one thread they cannot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_ssd(seed: int = 0) -> SSD:

@@ -22,14 +22,7 @@ from refinedet.errors import RefineDetError, UsageError
 from refinedet.training import trainer
 from refinedet.training.trainer import resume, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Sums over threads may be ordered differently from run to run; with one thread they cannot."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**changes: Any) -> Preset:

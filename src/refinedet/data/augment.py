@@ -38,6 +38,8 @@ CROP_SCALE = (0.3, 1.0)
 """Root of the crop's share of the area."""
 CROP_ASPECT = (0.5, 2.0)
 """Width / height of a crop relative to the picture's; narrowed to [scale^2, 1 / scale^2] so that the crop fits."""
+MOSAIC_CENTRE = (0.3, 0.7)
+"""Where four pictures meet: uniform between these, in shares of the width and of the height."""
 
 
 @dataclass(frozen=True)
@@ -221,10 +223,6 @@ def _resample(
     # resize() would antialias.
     sampling = Image.Resampling.BILINEAR if law == "linear" else Image.Resampling.BICUBIC
     return picture.transform(size, Image.Transform.EXTENT, box, sampling)
-
-
-MOSAIC_CENTRE = (0.3, 0.7)
-"""Where four pictures meet: uniform between these, in shares of the width and of the height."""
 
 
 def sample_mosaic(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:

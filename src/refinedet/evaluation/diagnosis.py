@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from refinedet.evaluation.metrics import ScoredBoxes, TargetsWithAreas, VocMethod, average_precision_of_hits
+from refinedet.evaluation.metrics import (
+    ScoredBoxes,
+    TargetsWithAreas,
+    VocMethod,
+    average_precision_of_hits,
+    check_lengths,
+    concatenate,
+    ignored_objects,
+    mean_of_defined,
+)
 
 HIT_IOU = 0.5
 """An overlap above this is a hit."""
@@ -151,14 +160,13 @@ def diagnose(
     Raises:
         ValueError: the numbers of images differ.
     """
-    if len(detections) != len(targets):
-        raise ValueError(f"detections of {len(detections)} images but targets of {len(targets)}")
+    check_lengths(detections, targets)
     images = [
         _diagnose_image(found, objects, score_threshold, crowd_swallows)
         for found, objects in zip(detections, targets, strict=True)
     ]
     every = _Joined(detections, targets, images, num_classes)
-    mean_ap = _mean(every.average_precision(method))
+    mean_ap = mean_of_defined(every.average_precision(method))
     sizes = [every.within(low, high).average_precision(method) for low, high in itertools.pairwise(_SIZE_LIMITS)]
     size_of_object = np.digitize(every.object_areas, _SIZE_LIMITS[1:-1])
     counted = ~every.object_ignored
@@ -170,11 +178,11 @@ def diagnose(
         outcomes=_table(every.labels[every.kept], every.outcomes[every.kept], (num_classes, len(Outcome))),
         confusion=_confusion(every, num_classes),
         mean_ap=mean_ap,
-        repaired={kind: _mean(every.repaired(kind).average_precision(method)) for kind in ERRORS},
-        repaired_missed=_mean(every.without_missed().average_precision(method)),
+        repaired={kind: mean_of_defined(every.repaired(kind).average_precision(method)) for kind in ERRORS},
+        repaired_missed=mean_of_defined(every.without_missed().average_precision(method)),
         objects_by_size=np.bincount(size_of_object[counted], minlength=len(SIZES)),
         found_by_size=np.bincount(size_of_object[counted & ~every.object_missed], minlength=len(SIZES)),
-        ap_by_size=np.array([_mean(one) for one in sizes]),
+        ap_by_size=np.array([mean_of_defined(one) for one in sizes]),
     )
 
 
@@ -270,26 +278,25 @@ class _Joined:
         images: Sequence[ImageDiagnosis],
         num_classes: int,
     ) -> None:
-        self.labels: _Ints = _concatenate([item.labels for item in detections], np.int64)
-        self.scores: _Floats = _concatenate([item.scores for item in detections], np.float64)
-        boxes: _Floats = _concatenate([np.reshape(item.boxes, (-1, 4)) for item in detections], np.float64)
+        self.labels: _Ints = concatenate([item.labels for item in detections], np.int64)
+        self.scores: _Floats = concatenate([item.scores for item in detections], np.float64)
+        boxes: _Floats = concatenate([np.reshape(item.boxes, (-1, 4)) for item in detections], np.float64)
         sides = boxes.reshape(-1, 4)[:, 2:] - boxes.reshape(-1, 4)[:, :2]
         self.areas: _Floats = sides.prod(axis=1)
-        self.outcomes: _Ints = _concatenate([image.outcomes for image in images], np.int64)
-        self.kept: _Flags = _concatenate([image.kept for image in images], np.bool_)
+        self.outcomes: _Ints = concatenate([image.outcomes for image in images], np.int64)
+        self.kept: _Flags = concatenate([image.kept for image in images], np.bool_)
         start = np.cumsum([0, *(len(item.labels) for item in targets)])
-        self.objects: _Ints = _concatenate(
+        self.objects: _Ints = concatenate(
             [
                 np.where(image.objects < 0, -1, image.objects + first)
                 for image, first in zip(images, start, strict=False)
             ],
             np.int64,
         )
-        self.object_labels: _Ints = _concatenate([item.labels for item in targets], np.int64)
-        self.object_areas: _Floats = _concatenate([item.areas for item in targets], np.float64)
-        self.object_missed: _Flags = _concatenate([image.missed for image in images], np.bool_)
-        difficult: _Flags = _concatenate([item.difficult for item in targets], np.bool_)
-        self.object_ignored: _Flags = difficult | _concatenate([item.crowd for item in targets], np.bool_)
+        self.object_labels: _Ints = concatenate([item.labels for item in targets], np.int64)
+        self.object_areas: _Floats = concatenate([item.areas for item in targets], np.float64)
+        self.object_missed: _Flags = concatenate([image.missed for image in images], np.bool_)
+        self.object_ignored: _Flags = ignored_objects(targets)
         self.num_classes = num_classes
         self.right: _Flags = self.outcomes == Outcome.TRUE_POSITIVE
         self.counts: _Flags = self.outcomes != Outcome.IGNORED
@@ -357,12 +364,3 @@ def _confusion(every: _Joined, num_classes: int) -> _Ints:
 def _table(rows: _Ints, columns: _Ints, shape: tuple[int, int]) -> _Ints:
     """How often each pair occurs."""
     return np.bincount(rows * shape[1] + columns, minlength=shape[0] * shape[1]).reshape(shape)
-
-
-def _mean(values: _Floats) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else float("nan")
-
-
-def _concatenate(arrays: Sequence[npt.NDArray[Any]], dtype: type[np.generic]) -> npt.NDArray[Any]:
-    return np.concatenate([np.asarray(one, dtype=dtype) for one in arrays]) if arrays else np.zeros(0, dtype=dtype)

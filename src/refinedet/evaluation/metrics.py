@@ -97,7 +97,7 @@ class VocResult:
     @property
     def mean(self) -> float:
         """The mean over the classes that have objects; nan if none has."""
-        return _mean_of_defined(self.average_precision)
+        return mean_of_defined(self.average_precision)
 
     def curve(self, label: int) -> npt.NDArray[np.float64]:
         """(101,) interpolated precision of a class at ``CURVE_RECALLS``: the best at this recall or beyond."""
@@ -155,15 +155,15 @@ def voc_average_precision(
     """
     if method not in ("11-point", "area"):
         raise ValueError(f"method must be '11-point' or 'area', not {method!r}")
-    _check_lengths(detections, targets)
+    check_lengths(detections, targets)
     boxes, labels, images = _join(detections, num_classes, "detections")
-    scores = _concatenate([item.scores for item in detections], np.float64)
+    scores = concatenate([item.scores for item in detections], np.float64)
     if len(scores) != len(boxes):
         raise ValueError(f"detections: {len(boxes)} boxes but {len(scores)} scores")
     if np.isnan(scores).any():
         raise ValueError("detections: a score is nan")
     target_boxes, target_labels, target_images = _join(targets, num_classes, "targets")
-    ignored = _ignored(targets)
+    ignored = ignored_objects(targets)
 
     best_first = np.argsort(-scores, kind="stable")
     average_precision = np.full(num_classes, np.nan)
@@ -258,19 +258,19 @@ def coco_average_precision(
     # Half a second to import, and only this function wants it.
     from faster_coco_eval import COCO, COCOeval_faster
 
-    _check_lengths(detections, targets)
+    check_lengths(detections, targets)
     ids = list(range(1, len(targets) + 1)) if image_ids is None else [int(i) for i in image_ids]
     if len(ids) != len(targets) or len(set(ids)) != len(ids):
         raise ValueError(f"image_ids must be {len(targets)} distinct integers")
     boxes, labels, images = _join(detections, num_classes, "detections")
-    scores = _concatenate([item.scores for item in detections], np.float64)
+    scores = concatenate([item.scores for item in detections], np.float64)
     if len(scores) != len(boxes):
         raise ValueError(f"detections: {len(boxes)} boxes but {len(scores)} scores")
     if np.isnan(scores).any():
         raise ValueError("detections: a score is nan")
     target_boxes, target_labels, target_images = _join(targets, num_classes, "targets")
-    areas = _concatenate([item.areas for item in targets], np.float64)
-    ignored = _ignored(targets)
+    areas = concatenate([item.areas for item in targets], np.float64)
+    ignored = ignored_objects(targets)
     positives = np.bincount(target_labels[~ignored], minlength=num_classes).astype(np.int64)
     if len(target_boxes) == 0:
         # Nothing to find: every number is undefined, which pycocotools writes as -1.
@@ -355,8 +355,8 @@ def _join(
     items: Sequence[ScoredBoxes] | Sequence[Targets], num_classes: int, what: str
 ) -> tuple[_Floats, _Ints, _Ints]:
     """Boxes (N, 4), labels (N,) and image indices (N,) of all images end to end."""
-    boxes: _Floats = _concatenate([np.reshape(item.boxes, (-1, 4)) for item in items], np.float64).reshape(-1, 4)
-    labels: _Ints = _concatenate([item.labels for item in items], np.int64)
+    boxes: _Floats = concatenate([np.reshape(item.boxes, (-1, 4)) for item in items], np.float64).reshape(-1, 4)
+    labels: _Ints = concatenate([item.labels for item in items], np.int64)
     images = np.repeat(np.arange(len(items)), [len(item.labels) for item in items]).astype(np.int64)
     if len(boxes) != len(labels):
         raise ValueError(f"{what}: {len(boxes)} boxes but {len(labels)} labels")
@@ -366,25 +366,29 @@ def _join(
     return boxes, labels, images
 
 
-def _ignored(targets: Sequence[Targets]) -> npt.NDArray[np.bool_]:
-    difficult = _concatenate([item.difficult for item in targets], np.bool_)
-    crowd = _concatenate([item.crowd for item in targets], np.bool_)
+def ignored_objects(targets: Sequence[Targets]) -> npt.NDArray[np.bool_]:
+    """Of all images end to end, the objects that are difficult or a crowd."""
+    difficult = concatenate([item.difficult for item in targets], np.bool_)
+    crowd = concatenate([item.crowd for item in targets], np.bool_)
     result: npt.NDArray[np.bool_] = difficult | crowd
     return result
 
 
-def _concatenate(arrays: Sequence[_Array], dtype: type[np.generic]) -> _Array:
+def concatenate(arrays: Sequence[_Array], dtype: type[np.generic]) -> _Array:
+    """The arrays of all images end to end; empty where there are no images."""
     if not arrays:
         return np.zeros(0, dtype=dtype)
     return np.concatenate([np.asarray(array, dtype=dtype) for array in arrays])
 
 
-def _check_lengths(detections: Sequence[ScoredBoxes], targets: Sequence[Targets]) -> None:
+def check_lengths(detections: Sequence[ScoredBoxes], targets: Sequence[Targets]) -> None:
+    """Raise ValueError if the numbers of images differ."""
     if len(detections) != len(targets):
         raise ValueError(f"detections of {len(detections)} images but targets of {len(targets)}")
 
 
-def _mean_of_defined(values: _Floats) -> float:
+def mean_of_defined(values: _Floats) -> float:
+    """The mean without nan; nan if nothing else is there."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")
 

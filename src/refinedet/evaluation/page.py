@@ -564,8 +564,7 @@ def _drawn(
     scale = np.array([picture.width / record.width, picture.height / record.height] * 2)
     names = found.class_names
     ignored = record.difficult | record.crowd
-    wrong = np.flatnonzero(image.wrong)
-    wrong = wrong[np.argsort(-found.scores[wrong], kind="stable")]
+    wrong = _surest_first(found, image)
     boxes = [found.boxes[wrong]]
     texts = [f"{names[found.labels[index]]} {found.scores[index]:.0%}" for index in wrong]
     colors = [_WRONG] * len(wrong)
@@ -576,10 +575,16 @@ def _drawn(
     return draw_boxes(np.asarray(picture), np.concatenate(boxes) * scale, np.arange(len(texts)), texts, colors=colors)
 
 
-def _named_errors(found: Detections, image: ImageDiagnosis) -> list[str]:
+def _surest_first(found: Detections, image: ImageDiagnosis) -> npt.NDArray[np.int64]:
+    """Indices of the wrong detections, best score first."""
     wrong = np.flatnonzero(image.wrong)
+    return wrong[np.argsort(-found.scores[wrong], kind="stable")]
+
+
+def _named_errors(found: Detections, image: ImageDiagnosis) -> list[str]:
+    wrong = _surest_first(found, image)
     listed = []
-    for index in wrong[np.argsort(-found.scores[wrong], kind="stable")][:_LISTED].tolist():
+    for index in wrong[:_LISTED].tolist():
         name, kind = found.class_names[found.labels[index]], _KINDS[Outcome(image.outcomes[index])]
         listed.append(f"{name} {found.scores[index]:.0%}: {kind.name}")
     return listed + ([f"and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else [])

@@ -93,14 +93,20 @@ class Report(Mapping[str, float]):
     """Class name to (101,) interpolated precision at recall 0, 0.01, ... 1 and IoU 0.5; classes with objects only."""
     detections: list[Detections] = field(repr=False)
     """What was found, one entry per image evaluated."""
-    image_ids: list[int | str] = field(repr=False)
-    """The data's id of each of these images."""
     dataset: DetectionDataset = field(repr=False)
     """The data, for whoever wants to look at the pictures (``evaluation.page``)."""
     indices: list[int] = field(repr=False)
     """The position of each of these images in ``dataset``."""
-    category_ids: tuple[int, ...] | None = field(default=None, repr=False)
-    """COCO's category id of each label, if the data has such ids."""
+
+    @property
+    def image_ids(self) -> list[int | str]:
+        """The data's id of each of these images."""
+        return [self.dataset[index].image_id for index in self.indices]
+
+    @property
+    def category_ids(self) -> tuple[int, ...] | None:
+        """COCO's category id of each label, if the data has such ids."""
+        return self.dataset.category_ids
 
     def __getitem__(self, name: str) -> float:
         """A figure by name."""
@@ -405,10 +411,8 @@ def _report(
         settings=dict(settings or {}),
         curves={},
         detections=[detections[index] for index in indices],
-        image_ids=[dataset[index].image_id for index in indices],
         dataset=dataset,
         indices=indices,
-        category_ids=dataset.category_ids,
     )
 
 
