@@ -241,6 +241,9 @@ class TrainConfig:
     """Images per update, over all processes and accumulation steps."""
     accumulation_steps: int = 1
     """Each update is the mean of this many backward passes (Caffe's iter_size)."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum (the paper), or AdamW (Loshchilov and Hutter, betas 0.9 and 0.999), which wants a smaller rate
+    and a larger ``weight_decay``."""
     learning_rate: float = 1e-3
     """Rate of the weights; see ``bias_learning_rate_factor``."""
     schedule: Literal["milestones", "cosine"] = "milestones"
@@ -254,7 +257,7 @@ class TrainConfig:
     warmup_iterations: int = 0
     """Linear rise of the rate from nearly 0; the paper has none."""
     momentum: float = 0.9
-    """Paper, section 4."""
+    """Of SGD (paper, section 4)."""
     weight_decay: float = 5e-4
     """Paper, section 4; not applied to biases."""
     bias_learning_rate_factor: float = 2.0

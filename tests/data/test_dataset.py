@@ -67,6 +67,58 @@ def test_all_and_none_read_everything(voc_folder: FolderFactory) -> None:
     assert len(open_dataset(root)) == len(open_dataset(root, "all")) == 5
 
 
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("[:80%]", range(0, 8)),
+        ("[80%:]", range(8, 10)),
+        ("[-25%:]", range(8, 10)),  # a quarter of ten is two and a half: two
+        ("[:-25%]", range(0, 8)),
+        ("[3:7]", range(3, 7)),
+        ("[-3:]", range(7, 10)),
+        ("[50%:7]", range(5, 7)),
+        ("[:]", range(0, 10)),
+        ("[:100%]", range(0, 10)),
+        ("[5:500]", range(5, 10)),
+    ],
+)
+def test_a_part_of_a_split(
+    voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory, part: str, expected: range
+) -> None:
+    for make in (voc_folder, coco_folder, yolo_folder):
+        root = make(images=10)
+        everything = open_dataset(root)
+        found = open_dataset(root, f"all{part}")
+        assert [r.image_id for r in found.records] == [everything[i].image_id for i in expected]
+        assert found.split == f"all{part}"
+        # Before the brackets, all is what nothing is.
+        assert len(open_dataset(root, part)) == len(expected)
+
+
+def test_two_parts_share_nothing_and_miss_nothing(voc_folder: FolderFactory) -> None:
+    root = voc_folder(images=7)
+    train = open_dataset(root, "train")
+    for percent in (34, 50, 66):
+        parts = [open_dataset(root, split).records for split in (f"train[:{percent}%]", f"train[{percent}%:]")]
+        assert [r.image_id for part in parts for r in part] == [r.image_id for r in train.records]
+
+
+@pytest.mark.parametrize("split", ["train[80%]", "train[:80%", "train[a:b]", "train[:1]+val", "train[::2]", "train]"])
+def test_parts_that_are_none(voc_folder: FolderFactory, split: str) -> None:
+    with pytest.raises(UsageError, match=r"written as \[first:last\] at the end"):
+        open_dataset(voc_folder(), split)
+
+
+def test_a_part_of_more_than_all(voc_folder: FolderFactory) -> None:
+    root = voc_folder()
+    with pytest.raises(UsageError, match="0 % to 100 %, not to 101%"):
+        open_dataset(root, "train[:101%]")
+    with pytest.raises(UsageError, match=r"no split 'trian'"):
+        open_dataset(root, "trian[:10%]")
+    with pytest.raises(UsageError, match=r"'train\[2:2\]' has no images"):
+        open_dataset(root, "train[2:2]")
+
+
 def test_pictures_without_objects_are_valid(
     voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory
 ) -> None:

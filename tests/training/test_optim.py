@@ -114,6 +114,20 @@ def test_an_update_by_hand() -> None:
     assert layer.bias.item() == pytest.approx(2.42)
 
 
+def test_an_update_of_adamw_by_hand() -> None:
+    """One step: decay by rate * decay * weight, then a step of the rate against the gradient's sign."""
+    layer = nn.Conv2d(1, 1, 1)
+    nn.init.constant_(layer.weight, 2.0)
+    nn.init.constant_(layer.bias, 3.0)
+    config = TrainConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(layer, config)
+    set_learning_rate(optimizer, 0.1)
+    (7 * layer.weight.sum() - 0.01 * layer.bias.sum()).backward()
+    optimizer.step()
+    assert layer.weight.item() == pytest.approx(2 - 0.1 * 0.5 * 2 - 0.1)
+    assert layer.bias.item() == pytest.approx(3 + 0.2, abs=1e-5)  # twice the rate, no decay
+
+
 @pytest.mark.parametrize("decay", [0.9, 0.3])
 def test_moving_average_equals_the_formula(decay: float) -> None:
     network = network_of()

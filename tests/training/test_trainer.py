@@ -52,7 +52,11 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, Any] = torch.load(folder / "last.ckpt", weights_only=True)
     flat = {f"network.{name}": value for name, value in state["network"].items()}
     flat |= {f"average.{name}": value for name, value in state["average"].items()}
-    flat |= {f"momentum.{index}": value["momentum_buffer"] for index, value in state["optimizer"]["state"].items()}
+    flat |= {
+        f"optimizer.{index}.{name}": value
+        for index, values in state["optimizer"]["state"].items()
+        for name, value in values.items()
+    }
     return flat
 
 
@@ -61,11 +65,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(stream)]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_four_and_six_iterations_are_ten_bit_for_bit(
-    voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     data = voc_folder(images=12)
-    preset = tiny()
+    preset = tiny(optimizer=optimizer)
     train(preset, data, out=tmp_path / "whole", backbone_weights="random", device="cpu")
 
     class PowerCutError(Exception):
@@ -238,6 +243,18 @@ def test_wrong_calls_end_in_one_line(
     with pytest.raises(UsageError, match=message) as caught:
         train(tiny(**changes), voc_folder(), out=tmp_path / "run", backbone_weights="random", device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_that_are_trained_and_evaluated_on_are_counted(
+    voc_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = voc_folder(images=12)
+    apart = tiny(iterations=1, train_split="all[:75%]", evaluate_split="all[75%:]")
+    train(apart, data, out=tmp_path / "apart", backbone_weights="random", device="cpu")
+    assert "trained on too" not in capsys.readouterr().out
+    mixed = tiny(iterations=1, train_split="all[:75%]", evaluate_split="all[50%:]")
+    train(mixed, data, out=tmp_path / "mixed", backbone_weights="random", device="cpu")
+    assert "note: 3 of the 6 pictures of 'all[50%:]' are trained on too" in capsys.readouterr().out
 
 
 def test_weights_of_another_backbone_are_refused(voc_folder: FolderFactory, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ Boxes are ``(x1, y1, x2, y2)`` in continuous pixel-edge coordinates: a box over 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,7 +167,9 @@ def open_dataset(
     Args:
         path: a VOCdevkit, one VOC year, a COCO folder or JSON file, a YOLO folder or data.yaml.
         split: a name such as "train"; several joined by "+"; for a VOCdevkit also with its year, as in
-            "2007:trainval+2012:trainval". None or "all" is everything.
+            "2007:trainval+2012:trainval". None or "all" is everything. A part of it in brackets at the end, counted in
+            pictures or in percent as in "train[:80%]" and "all[-50:]", takes so many in the data's own order: what is
+            held out where the data has no split for it.
         class_names: the names in label order; by default they come from the data, in an order that does not depend
             on which files are read.
         strict: raise at the first file that cannot be used; otherwise collect ``problems`` and go on.
@@ -179,7 +182,7 @@ def open_dataset(
     both modes.
 
     Raises:
-        UsageError: no such folder, unknown layout, unknown or empty split.
+        UsageError: no such folder, unknown layout, unknown or empty split, or a part that is no part.
         RefineDetError: (strict) a file that cannot be used, named.
     """
     # The parsers build on the classes above, so they can only be imported once this module exists.
@@ -193,17 +196,47 @@ def open_dataset(
             raise UsageError(f"class names must be different from each other and at least one, not {list(names)!r}")
         class_names = names
     log = ProblemLog(strict=strict)
-    part = None if split == "all" else split
+    whole, bounds = _split_part(split)
+    part = None if whole in ("all", "") else whole
     if layout == "yolo":
         dataset = yolo.read_yolo(root, part, class_names, log)
     else:
         reader = voc.read_voc if layout == "voc" else coco.read_coco
         dataset = reader(root, part, class_names, log, require_annotations=require_annotations)
     dataset.problems = log.problems
+    dataset.split = split if split != "all" else None
+    if bounds is not None:
+        first, last = (_position(bound, len(dataset)) for bound in bounds)
+        dataset.records = dataset.records[first:last]
     if not dataset.records and not any(problem.fatal for problem in log.problems):
         where = f"split '{split}'" if split is not None else "this data set"
         raise UsageError(f"{root}: {where} has no images")
     return dataset
+
+
+_PART = re.compile(r"(?P<whole>[^\[\]]*)\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\]")
+
+
+def _split_part(split: str | None) -> tuple[str | None, tuple[str | None, str | None] | None]:
+    """A split without its brackets, and the two bounds in them, None where one is left out."""
+    if split is None or not ("[" in split or "]" in split):
+        return split, None
+    found = _PART.fullmatch(split)
+    if found is None:
+        raise UsageError(
+            f"split '{split}': a part is written as [first:last] at the end, in pictures or percent: 'train[:80%]'"
+        )
+    return found["whole"], (found["first"], found["last"])
+
+
+def _position(bound: str | None, count: int) -> int | None:
+    """Index that a bound stands for among ``count`` pictures; percent are rounded down, negative ones count back."""
+    if bound is None or not bound.endswith("%"):
+        return None if bound is None else int(bound)
+    percent = int(bound[:-1])
+    if abs(percent) > 100:
+        raise UsageError(f"a part of a split reaches from 0 % to 100 %, not to {bound}")
+    return count * percent // 100 if percent >= 0 else count - count * -percent // 100
 
 
 def detect_layout(path: str | Path) -> Layout:

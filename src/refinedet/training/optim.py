@@ -33,9 +33,12 @@ def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, 
     ]
 
 
-def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with momentum over ``parameter_groups``."""
-    return torch.optim.SGD(parameter_groups(network, config), lr=config.learning_rate, momentum=config.momentum)
+def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW, over ``parameter_groups``."""
+    groups = parameter_groups(network, config)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, foreach=True)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
 def learning_rate_at(config: TrainConfig, iteration: int) -> float:

@@ -405,7 +405,12 @@ class _Trainer:
             raise UsageError(
                 f"'{split}' is the training split; evaluate on another, or on none with --evaluate-split none"
             )
-        return open_joined(self.config.data, split, self.config.class_names)
+        found = open_joined(self.config.data, split, self.config.class_names)
+        trained_on = {record.image_path for record in self.dataset.records}
+        both = sum(record.image_path in trained_on for record in found.records)
+        if both and self.world.is_main:
+            print(f"note: {both} of the {len(found)} pictures of '{split}' are trained on too; its figure says nothing")
+        return found
 
     def _loggers(self) -> LoggerGroup:
         if not self.world.is_main:
