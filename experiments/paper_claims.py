@@ -28,19 +28,29 @@ import torch
 
 from experiments.pack import pack_note
 from experiments.ssd_peer import SSDPeer, build_ssd, train_ssd
-from experiments.steps import Deadline, add_run_arguments, machine, precision_of, run_main, train_on
+from experiments.steps import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    Deadline,
+    add_run_arguments,
+    check_settings,
+    machine,
+    precision_of,
+    run_main,
+    train_on,
+)
 from refinedet.ablations import VARIANTS, variant_of
 from refinedet.config import ModelConfig, Preset, TrainConfig, get_preset
 from refinedet.data.dataset import open_dataset
 from refinedet.detector import read_safetensors
-from refinedet.errors import RefineDetError, UsageError
+from refinedet.errors import RefineDetError
 from refinedet.evaluation.report import Report, evaluate
 from refinedet.files import read_json, write_text
 from refinedet.loggers import METRICS_FILE
 from refinedet.training.distributed import pick_device
 from refinedet.visualize import read_curves
 
-RESULTS_FILE, TABLE_FILE, SETTINGS_FILE = "results.json", "table.md", "settings.json"
+SETTINGS_FILE = "settings.json"
 SSD = "ssd300"
 FULL_512 = "full-512"
 PAPER = {**{variant.name: variant.paper for variant in VARIANTS}, SSD: 77.2, FULL_512: 81.8}
@@ -103,24 +113,6 @@ def learning_curve(folder: Path) -> list[list[float]]:
     """[iteration, total loss] of each logged iteration of a run."""
     steps, totals = read_curves(folder / METRICS_FILE).get("total", ([], []))
     return [[step, total] for step, total in zip(steps, totals, strict=True)]
-
-
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to mix runs of different settings.
-
-    Raises:
-        UsageError: the JSON file at ``path`` holds others; the first that differs is named.
-    """
-    if not path.exists():
-        return
-    found = read_json(path)
-    found = found.get("settings", found)
-    for name in {**found, **settings}:
-        if found.get(name) != settings.get(name):
-            raise UsageError(
-                f"{path}: made with {name} {found.get(name)}, not {settings.get(name)}; choose another folder, or call "
-                f"with the old setting"
-            )
 
 
 def table(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:

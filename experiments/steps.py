@@ -1,4 +1,4 @@
-"""What the experiments share: a clock that ends a step, a training that goes on, one-line errors, the machine."""
+"""What the experiments share: a clock, a training that goes on, settings that must not mix, one-line errors."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from refinedet.config import Preset
-from refinedet.errors import RefineDetError
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import read_json
 from refinedet.training.trainer import CHECKPOINT_FILE, Run, resume, train
+
+RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 
 
 class Deadline:
@@ -34,6 +37,24 @@ def train_on(preset: Preset, data: Path, folder: Path, *, weights: str, device: 
     if (folder / CHECKPOINT_FILE).exists():
         return resume(folder, device=device, stop=stop)
     return train(preset, data, out=folder, backbone_weights=weights, device=device, stop=stop)
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to mix runs of different settings.
+
+    Raises:
+        UsageError: the JSON file at ``path`` holds others; the first that differs is named.
+    """
+    if not path.exists():
+        return
+    found = read_json(path)
+    found = found.get("settings", found)
+    for name in {**found, **settings}:
+        if found.get(name) != settings.get(name):
+            raise UsageError(
+                f"{path}: made with {name} {found.get(name)}, not {settings.get(name)}; choose another folder, or call "
+                f"with the old setting"
+            )
 
 
 def precision_of(chosen: argparse.Namespace, device: torch.device) -> Literal["fp32", "bf16"]:

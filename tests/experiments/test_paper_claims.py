@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiments.paper_claims import check_settings, main, table
-from experiments.steps import Deadline
+from experiments.paper_claims import main, table
+from experiments.steps import Deadline, check_settings
 
 from conftest import FolderFactory
 from experiments import paper_claims

@@ -1,0 +1,216 @@
+"""Finds out what pays for small data: one change of the recipe at a time, equal budget, held-out pictures of train.
+
+    python -m experiments.recipe --data VOCdevkit --weights resnet18.safetensors --state runs/recipe --out out
+
+Every trial trains the light model on the first four fifths of train and is measured on the rest, so val is left alone.
+Runs in steps (``--minutes``) and goes on where it was stopped or killed; what stands in results.json is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.steps import (
+    RESULTS_FILE,
+    TABLE_FILE,
+    Deadline,
+    add_run_arguments,
+    check_settings,
+    machine,
+    precision_of,
+    run_main,
+    train_on,
+)
+from refinedet.config import Preset, from_dict, get_preset, to_dict
+from refinedet.data.dataset import open_dataset
+from refinedet.files import read_json, write_text
+from refinedet.training.distributed import pick_device
+
+TRAIN_SPLIT, HELD_OUT_SPLIT = "train[:80%]", "train[80%:]"
+_ADAMW = {"train.optimizer": "adamw", "train.learning_rate": 5e-4, "train.weight_decay": 0.05}
+TRIALS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "rate-half": {"train.learning_rate": 0.005},
+    "rate-double": {"train.learning_rate": 0.02},
+    "adamw": _ADAMW,
+    "adamw-rate-half": {**_ADAMW, "train.learning_rate": 2.5e-4},
+    "adamw-rate-double": {**_ADAMW, "train.learning_rate": 1e-3},
+    "no-clipping": {"train.gradient_clip_norm": None},
+    "no-average": {"train.ema_decay": None},
+    "batch-32": {"train.batch_size": 32},
+    "milestones": {"train.schedule": "milestones"},
+    "expand-2": {"train.augment.expand_ratio": 2.0},
+    "mosaic": {"train.augment.mosaic_probability": 0.5},
+    "label-smoothing": {"train.loss.label_smoothing": 0.1},
+    "arm-0.7-0.3": {"train.loss.arm_positive_iou": 0.7, "train.loss.arm_negative_iou": 0.3},
+    "tcb-256": {"model.tcb_channels": 256},
+    "adamw+expand-2": {**_ADAMW, "train.augment.expand_ratio": 2.0},
+    "adamw-rate-half+expand-2": {**_ADAMW, "train.learning_rate": 2.5e-4, "train.augment.expand_ratio": 2.0},
+    "adamw+expand-2+mosaic": {
+        **_ADAMW,
+        "train.augment.expand_ratio": 2.0,
+        "train.augment.mosaic_probability": 0.5,
+    },
+    "adamw+expand-2+mosaic-always": {
+        **_ADAMW,
+        "train.augment.expand_ratio": 2.0,
+        "train.augment.mosaic_probability": 1.0,
+    },
+}
+"""What each trial does unlike the base: the preset's SGD of 0.01, batch of 16, expansion up to 4, no mosaics."""
+
+
+def changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
+    """The preset with some of its numbers replaced.
+
+    A trial sees as many pictures as the others: a batch twice as large means half the iterations, warm-up included.
+
+    Args:
+        preset: the base.
+        changes: values by their path, such as "train.augment.expand_ratio".
+
+    Raises:
+        RefineDetError: no such path, or a value of the wrong type.
+    """
+    values = to_dict(preset)
+    for path, value in changes.items():
+        *parents, name = path.split(".")
+        part = values
+        for parent in parents:
+            part = part[parent]
+        part[name] = value
+    found = from_dict(Preset, values, source="trial")
+    old, new = preset.train, found.train
+    iterations = old.iterations * old.batch_size // new.batch_size
+    warmup = old.warmup_iterations * old.batch_size // new.batch_size
+    train = dataclasses.replace(
+        new,
+        iterations=iterations,
+        warmup_iterations=warmup,
+        # The paper's drops for VOC 2007, for the trial that has them: after 80k and 100k of 120k.
+        milestones=(iterations * 2 // 3, iterations * 5 // 6),
+    )
+    return dataclasses.replace(found, train=train)
+
+
+def table(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """A Markdown table: mAP of each trial and what it gave over the base of the same seeds.
+
+    Args:
+        results: "trial", "seed" and "mAP" (0..1) of each finished run.
+        settings: what they were made with, for the line below.
+    """
+    figures: dict[str, dict[int, float]] = {}
+    for result in results:
+        figures.setdefault(result["trial"], {})[result["seed"]] = 100 * result["mAP"]
+    lines = ["| trial | what is changed | seeds | mAP (%) | against the base |", "|---|---|---|---|---|"]
+    for name, by_seed in figures.items():
+        said = ", ".join(f"{path.rsplit('.', 1)[-1]} {value}" for path, value in TRIALS[name].items()) or "nothing"
+        shared = [seed for seed in by_seed if seed in figures.get("base", {})]
+        gains = [by_seed[seed] - figures["base"][seed] for seed in shared]
+        gain = f"{statistics.mean(gains):+.2f}" if gains and name != "base" else "-"
+        seeds = ", ".join(map(str, sorted(by_seed)))
+        lines.append(f"| {name} | {said} | {seeds} | {statistics.mean(by_seed.values()):.2f} | {gain} |")
+    facts = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return "\n".join([*lines, "", f"11-point mAP. Settings: {facts}."]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what trials are missing until the time is up, then print the table; returns the exit code.
+
+    Raises:
+        RefineDetError: bad data or weights, results of other settings, a loss that is no finite number.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_run_arguments(parser)
+    parser.add_argument("--weights", required=True, help="ImageNet weights of the backbone (.safetensors), or random")
+    parser.add_argument("--preset", default="voc07-320-resnet18", help="the base")
+    parser.add_argument("--trials", nargs="+", choices=list(TRIALS), default=list(TRIALS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--iterations", type=int, default=500, help="of the base's batch; all see as many pictures")
+    parser.add_argument("--warmup-iterations", type=int, default=50)
+    parser.add_argument("--side", type=int, default=192, help="of the network's input, a multiple of 64")
+    chosen = parser.parse_args(arguments)
+    stop = Deadline(chosen.minutes)
+    device = pick_device(chosen.device)
+    counts = [len(open_dataset(chosen.data, split)) for split in (TRAIN_SPLIT, HELD_OUT_SPLIT)]
+    base = base_recipe(get_preset(chosen.preset), chosen, device)
+    settings = {
+        "preset": chosen.preset,
+        "iterations": chosen.iterations,
+        "warm-up": chosen.warmup_iterations,
+        "batch size": base.train.batch_size,
+        "side": chosen.side,
+        "precision": base.train.precision,
+        "weights": Path(chosen.weights).name,
+        "trained on": f"{TRAIN_SPLIT} ({counts[0]} photos)",
+        "measured on": f"{HELD_OUT_SPLIT} ({counts[1]} photos)",
+    }
+    path = chosen.out / RESULTS_FILE
+    check_settings(path, settings)
+    results: list[dict[str, Any]] = read_json(path)["results"] if path.exists() else []
+    for seed in chosen.seeds:
+        for name in chosen.trials:
+            if any((one["trial"], one["seed"]) == (name, seed) for one in results):
+                continue
+            preset = changed(base, {**TRIALS[name], "train.seed": seed})
+            print(f"== {name}, seed {seed}", file=sys.stderr, flush=True)
+            torch.compiler.reset()  # Or the eighth network would run uncompiled.
+            folder, began = chosen.state / f"{name}-{seed}", time.monotonic()
+            run = train_on(preset, chosen.data, folder, weights=chosen.weights, device=str(device), stop=stop)
+            if run.report is None:
+                print(f"time is up; the same call again goes on with {name} (seed {seed})")
+                return 0
+            results.append(
+                {
+                    "trial": name,
+                    "seed": seed,
+                    "mAP": run.report["mAP"],
+                    "losses": run.losses,
+                    "minutes of the last step": round((time.monotonic() - began) / 60, 2),
+                }
+            )
+            content = {"settings": settings, "machine": machine(), "results": results}
+            write_text(path, json.dumps(content, indent=1) + "\n")
+            write_text(chosen.out / TABLE_FILE, table(results, settings))
+    print(f"{table(results, settings)}\n{machine()}")
+    return 0
+
+
+def base_recipe(preset: Preset, chosen: argparse.Namespace, device: torch.device) -> Preset:
+    """What every trial has in common, and the trials' own changes start from."""
+    base = {
+        "model.image_size": (chosen.side, chosen.side),
+        "train.optimizer": "sgd",
+        "train.learning_rate": 0.01,
+        "train.weight_decay": 5e-4,
+        "train.augment.expand_ratio": 4.0,
+        "train.augment.mosaic_probability": 0.0,
+        "train.iterations": chosen.iterations,
+        "train.warmup_iterations": chosen.warmup_iterations,
+        "train.size_schedule": (),
+        "train.precision": precision_of(chosen, device),
+        "train.compile": chosen.compile,
+        "train.workers": chosen.workers,
+        "train.log_every": max(1, chosen.iterations // 10),
+        "train.save_every": max(1, chosen.iterations // 5),
+        "train.evaluate_every": 0,
+        "train.evaluate_limit": None,
+        "train.train_split": TRAIN_SPLIT,
+        "train.evaluate_split": HELD_OUT_SPLIT,
+    }
+    return changed(preset, base)
+
+
+if __name__ == "__main__":
+    run_main(main)
