@@ -173,6 +173,23 @@ def test_mosaics_mix_pictures_and_survive_a_stop(dataset: DetectionDataset) -> N
     assert [batch.names for batch in never] == [batch.names for batch in alone]
 
 
+def test_kept_pictures_are_read_once_and_stay_what_they_are(
+    dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(iterations=8, batch_size=3, workers=0, augment=AugmentConfig(mosaic_probability=0.5), seed=1)
+    read_each_time = batches_of(dataset, config)
+    read: list[int] = []
+    load = DetectionDataset.load_image
+
+    def counted(self: DetectionDataset, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        read.append(index)
+        return load(self, index)
+
+    monkeypatch.setattr(DetectionDataset, "load_image", counted)
+    assert_equal(batches_of(dataset, dataclasses.replace(config, keep_images=True)), read_each_time)
+    assert sorted(read) == list(range(5))
+
+
 def test_difficult_boxes_are_used_and_crowds_are_not(dataset: DetectionDataset, coco_folder: FolderFactory) -> None:
     assert any(record.difficult.any() for record in dataset.records)
     crowded = open_dataset(coco_folder(images=6), "train")

@@ -124,8 +124,12 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
     into a traceback, and the user is to see one line.
     """
 
-    def __init__(self, dataset: DetectionDataset, model: ModelConfig, augment: AugmentConfig, seed: int) -> None:
+    def __init__(
+        self, dataset: DetectionDataset, model: ModelConfig, augment: AugmentConfig, seed: int, *, keep: bool = False
+    ) -> None:
         self.dataset, self.model, self.augment, self.seed = dataset, model, augment, seed
+        self.keep = keep
+        self._kept: dict[int, npt.NDArray[np.uint8]] = {}
         mean = model.mean if model.channel_order == "rgb" else model.mean[::-1]
         self.fill = (mean[0], mean[1], mean[2])
 
@@ -142,7 +146,7 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
             return RefineDetError(str(error))
 
     def _augmented(self, rng: np.random.Generator, index: int, size: tuple[int, int], augment: AugmentConfig) -> Sample:
-        record, image = self.dataset[index], self.dataset.load_image(index)
+        record, image = self.dataset[index], self._load(index)
         used = ~record.crowd
         boxes, labels = record.boxes[used], record.labels[used]
         photometric = sample_photometric(rng) if augment.photometric else Photometric()
@@ -150,6 +154,14 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
         moved, kept = transform_boxes(boxes, geometry, size)
         picture = render(image, geometry, photometric, size, self.fill)
         return picture, torch.from_numpy(moved), torch.from_numpy(labels[kept]), str(record.image_path)
+
+    def _load(self, index: int) -> npt.NDArray[np.uint8]:
+        image = self._kept.get(index)
+        if image is None:
+            image = self.dataset.load_image(index)
+            if self.keep:
+                self._kept[index] = image
+        return image
 
     def _mosaic(self, rng: np.random.Generator, draw: Draw) -> Sample:
         """The picture of the draw and three others, each in a tile of its own; the draw's picture names the sample."""
@@ -197,7 +209,7 @@ def training_batches(
     Raises:
         RefineDetError: a picture cannot be read; its file is named.
     """
-    pictures = AugmentedPictures(dataset, model, config.augment, config.seed)
+    pictures = AugmentedPictures(dataset, model, config.augment, config.seed, keep=config.keep_images)
     size = image_size or model.image_size
     order = EndlessOrder(len(dataset), config, size, start=start, rank=rank, world=world)
     loader = DataLoader(
