@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="voc07-320-resnet18")
     parser.add_argument("--iterations", type=int, default=16_000)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, help="default: the preset's")
     chosen = parser.parse_args(arguments)
     stop = Deadline(chosen.minutes)
     device = pick_device(chosen.device)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             preset.train,
             iterations=chosen.iterations,
             batch_size=chosen.batch_size,
-            learning_rate=chosen.learning_rate,
+            learning_rate=chosen.learning_rate or preset.train.learning_rate,
             size_schedule=(),  # Small pictures first was for a CPU.
             precision=precision_of(chosen, device),
             compile=chosen.compile,

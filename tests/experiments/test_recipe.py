@@ -63,8 +63,9 @@ def test_the_table_compares_seed_by_seed() -> None:
 def test_trials_in_steps(voc_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--data", str(voc_folder(images=12, name="VOC2007")), "--weights", "random", "--preset", "smoke",
-        "--trials", "base", "adamw", "--iterations", "2", "--warmup-iterations", "1", "--side", "64", "--workers", "0",
-        "--device", "cpu", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "out"),
+        "--trials", "base", "adamw", "--iterations", "2", "--warmup-iterations", "1", "--batch-size", "4",
+        "--side", "64", "--workers", "0", "--device", "cpu", "--state", str(tmp_path / "state"),
+        "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     assert main([*arguments, "--minutes", "0"]) == 0
     assert "goes on with base (seed 0)" in capsys.readouterr().out

@@ -255,6 +255,8 @@ def test_pictures_that_are_trained_and_evaluated_on_are_counted(
     mixed = tiny(iterations=1, train_split="all[:75%]", evaluate_split="all[50%:]")
     train(mixed, data, out=tmp_path / "mixed", backbone_weights="random", device="cpu")
     assert "note: 3 of the 6 pictures of 'all[50%:]' are trained on too" in capsys.readouterr().out
+    assert "3 images, none of which was trained on" in (tmp_path / "apart/last/README.md").read_text()
+    assert "6 images, 3 of which were trained on" in (tmp_path / "mixed/last/README.md").read_text()
 
 
 def test_weights_of_another_backbone_are_refused(voc_folder: FolderFactory, tmp_path: Path) -> None:

@@ -18,17 +18,20 @@ def model_card(
         class_names: in label order.
         name: title.
         iteration: updates that the weights have seen.
-        metrics: what was measured ("mAP", "metric", "data", "split", "images"), or empty.
+        metrics: what was measured ("mAP", "metric", "data", "split", "images" and, if any of these was trained on,
+            "also_trained_on"), or empty.
     """
     model, train = preset.model, preset.train
     if metrics:
+        both = metrics.get("also_trained_on", 0)
         figure = (
             f"mAP {100 * metrics['mAP']:.2f} ({metrics['metric']}) on {metrics['data']}, split {metrics['split']}, "
-            f"{metrics['images']} images, none of which was trained on."
+            f"{metrics['images']} images, {f'{both} of which were' if both else 'none of which was'} trained on."
         )
     else:
         figure = "Not evaluated."
     height, width = model.image_size
+    optimizer = {"sgd": "SGD", "adamw": "AdamW"}[train.optimizer]
     return f"""---
 library_name: refinedet
 pipeline_tag: object-detection
@@ -45,8 +48,8 @@ RefineDet ("Single-Shot Refinement Neural Network for Object Detection", CVPR 20
 
 ## Training
 
-{iteration} of {train.iterations} iterations of {train.batch_size} images from split `{train.train_split}`, SGD with
-learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}, precision
+{iteration} of {train.iterations} iterations of {train.batch_size} images from split `{train.train_split}`, {optimizer}
+with learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}, precision
 {train.precision}, seed {train.seed}{", moving average of the weights" if train.ema_decay else ""}.
 
 ## Classes

@@ -240,6 +240,7 @@ class _Trainer:
             )
         self.folder, self.config, self.world, self.dataset = folder, config, world, dataset
         self.settings: TrainConfig = settings
+        self.also_trained_on = 0
         self.evaluation_set = self._open_evaluation_set()
         self.model = model.to(world.device)
         self.network = model.network
@@ -407,9 +408,12 @@ class _Trainer:
             )
         found = open_joined(self.config.data, split, self.config.class_names)
         trained_on = {record.image_path for record in self.dataset.records}
-        both = sum(record.image_path in trained_on for record in found.records)
-        if both and self.world.is_main:
-            print(f"note: {both} of the {len(found)} pictures of '{split}' are trained on too; its figure says nothing")
+        self.also_trained_on = sum(record.image_path in trained_on for record in found.records)
+        if self.also_trained_on and self.world.is_main:
+            print(
+                f"note: {self.also_trained_on} of the {len(found)} pictures of '{split}' are trained on too, so its "
+                f"figure does not say how good the model is on others"
+            )
         return found
 
     def _loggers(self) -> LoggerGroup:
@@ -473,6 +477,7 @@ class _Trainer:
             "images": report.images,
             "iteration": self.iteration,
             "seed": self.settings.seed,
+            **({"also_trained_on": self.also_trained_on} if self.also_trained_on else {}),
         }
 
     def _finish(self, loggers: LoggerGroup, losses: dict[str, float]) -> Run:
