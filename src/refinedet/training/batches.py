@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,10 +42,6 @@ class Batch:
     """In pixels of ``images``."""
     names: list[str]
     """File of each picture, for messages."""
-
-    def pin_memory(self) -> Batch:
-        """Called by the data loader for CUDA."""
-        return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.names)
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,28 @@ Sample = tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]
 """(H, W, 3) uint8 picture, (G, 4) boxes in its pixels, (G,) labels, file."""
 
 
+class _Loaded(NamedTuple):
+    """A batch as it comes from a loading process.
+
+    Only the pictures are a tensor: for each tensor the trainer has to ask that process for its memory, and waits until
+    the process finds time to answer. Arrays come along by value.
+    """
+
+    images: Tensor
+    """As in ``Batch``."""
+    boxes: list[npt.NDArray[np.float32]]
+    """(G, 4) of each picture."""
+    labels: list[npt.NDArray[np.int64]]
+    """(G,) of each picture."""
+    names: list[str]
+    """As in ``Batch``."""
+
+    def batch(self, *, pin_memory: bool) -> Batch:
+        """What the trainer works on."""
+        targets = Targets.collate([torch.from_numpy(a) for a in self.boxes], [torch.from_numpy(a) for a in self.labels])
+        return Batch(self.images, targets.pin_memory() if pin_memory else targets, self.names)
+
+
 class AugmentedPictures(Dataset[Sample | RefineDetError]):
     """Loads and augments one picture per draw.
 
@@ -179,8 +198,8 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
             names.append(name)
         return canvas, torch.cat(boxes), torch.cat(labels), names[0]
 
-    def collate(self, items: list[Sample | RefineDetError]) -> Batch | RefineDetError:
-        """Stack pictures and pad targets; the first error instead, if there is one."""
+    def collate(self, items: list[Sample | RefineDetError]) -> _Loaded | RefineDetError:
+        """Stack pictures; the first error instead, if there is one."""
         samples: list[Sample] = []
         for item in items:
             if isinstance(item, RefineDetError):
@@ -188,7 +207,7 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
             samples.append(item)
         pictures, boxes, labels, names = zip(*samples, strict=True)
         images = torch.from_numpy(np.stack([normalize(picture, self.model) for picture in pictures]))
-        return Batch(images, Targets.collate(list(boxes), list(labels)), list(names))
+        return _Loaded(images, [one.numpy() for one in boxes], [one.numpy() for one in labels], list(names))
 
 
 def training_batches(
@@ -220,7 +239,7 @@ def training_batches(
         pin_memory=pin_memory,
         prefetch_factor=4 if config.workers else None,
     )
-    for batch in loader:
-        if isinstance(batch, RefineDetError):
-            raise batch
-        yield batch
+    for loaded in loader:
+        if isinstance(loaded, RefineDetError):
+            raise loaded
+        yield loaded.batch(pin_memory=pin_memory)

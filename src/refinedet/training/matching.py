@@ -47,7 +47,7 @@ class Targets:
         return Targets(self.boxes.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
     def pin_memory(self) -> Targets:
-        """The same targets in page-locked memory; the data loader calls this."""
+        """The same targets in page-locked memory, from which copies to CUDA need not be waited for."""
         return Targets(self.boxes.pin_memory(), self.labels.pin_memory())
 
 
