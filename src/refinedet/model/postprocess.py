@@ -120,10 +120,12 @@ def non_maximum_suppression(boxes: Tensor, labels: Tensor, valid: Tensor, thresh
         A few rounds are enough in practice.
     """
     rivals = (box_ops.iou(boxes, boxes) > threshold) & (labels[:, :, None] == labels[:, None, :])
-    rivals = rivals.triu(diagonal=1) & valid[:, :, None] & valid[:, None, :]
+    # As numbers: how many kept boxes suppress each box is then a matrix product, exact and far faster than any().
+    beats = rivals.triu(diagonal=1).to(torch.float32)
     keep = valid
     for _ in range(boxes.shape[1]):
-        decided = valid & ~(rivals & keep[:, :, None]).any(dim=1)
+        suppressed = torch.bmm(keep[:, None].to(torch.float32), beats)[:, 0] > 0
+        decided = valid & ~suppressed
         if torch.equal(decided, keep):
             break
         keep = decided
