@@ -273,6 +273,7 @@ def test_only_the_first_process_talks(
         ("train smoke", "nothing to train on: refinedet train smoke --data DATA"),
         ("train smoke --data a --iterationz 3", "--iterationz, 3 (did you mean --iterations?)"),
         ("train smoke --data a --iterations x", "--iterations"),
+        ("train smoke --data a --ema-decay none", "--ema-decay wants FLOAT or None, not 'none'; see refinedet train"),
         ("train smoke --data a --iterations 0", "iterations must be at least 1, not 0"),
         ("train smoke --data a --model.image-size 321 320", "image_size must be two multiples of 64, not (321, 320)"),
         ("train smoke --data a --model.backbone vgg17", "'vgg16', 'resnet18'"),

@@ -332,6 +332,11 @@ def _unframed(text: str) -> str:
         elif sentence:
             break
     message = _one_line(" ".join(sentence)).rstrip(".") or "the arguments were not understood"
+    # tyro lists what each type in turn has against the value.
+    pattern = r"parsing (\S+): no type matching \{None\}\|(\w+) could be instantiated from \['(.*?)'\]"
+    either = re.search(pattern, message)
+    if either:
+        message = f"{either[1]} wants {either[2]} or None, not '{either[3]}'"
     suggested = [later for line, later in itertools.pairwise(body) if line.lower().startswith("perhaps you meant")]
     return message + (f" (did you mean {suggested[0].split()[0].rstrip(',')}?)" if suggested else "")
 
