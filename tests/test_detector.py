@@ -227,7 +227,7 @@ def test_the_model_in_the_box_needs_no_network_and_finds_the_cat(monkeypatch: py
 
     monkeypatch.setattr("socket.socket.connect", no_network)
     boxed = RefineDet.from_pretrained("voc07-320-resnet18")
-    assert boxed.metrics["mAP"] >= 0.35
+    assert boxed.metrics["mAP"] >= 0.5
     found = boxed.predict(Path(__file__).parents[1] / "examples/chelsea.jpg", threshold=0.3)
     assert found.names[:1] == ["cat"]
     # The cat's head fills the picture from about x = 120 to 400 (of 451) and its body reaches the lower edge.

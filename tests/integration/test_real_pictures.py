@@ -59,6 +59,6 @@ def test_the_model_in_the_box_is_as_good_as_its_card_says(shared_data: Path) -> 
     model = RefineDet.from_pretrained("voc07-320-resnet18")
     assert model.metrics["split"] == "val"
     assert model.metrics["images"] == 2508
-    assert model.metrics["mAP"] >= 0.35
+    assert model.metrics["mAP"] >= 0.5
     report = evaluate(model, shared_data / "VOCdevkit", "val", limit=300)
     assert report["mAP"] == pytest.approx(model.metrics["mAP"], abs=0.08)
