@@ -1,6 +1,8 @@
-"""Suppression beside torchvision's, taking turns: crowded candidates of one image, milliseconds and the ratio of times.
+"""Milliseconds of suppression beside torchvision's, on crowded candidates of one image.
 
-python benchmarks/suppression.py --candidates 1000 --runs 40
+The two take turns, and the ratio of times is taken pair by pair; both must keep the same boxes.
+
+    python benchmarks/suppression.py --candidates 1000 --runs 40
 """
 
 from __future__ import annotations

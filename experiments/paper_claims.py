@@ -29,15 +29,15 @@ import torch
 from experiments.pack import pack_note
 from experiments.ssd_peer import SSDPeer, build_ssd, train_ssd
 from experiments.steps import (
-    RESULTS_FILE,
-    TABLE_FILE,
     Deadline,
     add_run_arguments,
     check_settings,
     machine,
     precision_of,
+    read_results,
     run_main,
     train_on,
+    write_results,
 )
 from refinedet.ablations import VARIANTS, variant_of
 from refinedet.config import ModelConfig, Preset, TrainConfig, get_preset
@@ -45,7 +45,7 @@ from refinedet.data.dataset import open_dataset
 from refinedet.detector import read_safetensors
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.report import Report, evaluate
-from refinedet.files import read_json, write_text
+from refinedet.files import write_text
 from refinedet.loggers import METRICS_FILE
 from refinedet.training.distributed import pick_device
 from refinedet.visualize import read_curves
@@ -206,16 +206,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "measured on": f"{chosen.evaluate_split} ({counts[1]} photos)",
         "photos": pack_note(chosen.data),
     }
-    for path in (chosen.out / RESULTS_FILE, chosen.state / SETTINGS_FILE):
-        check_settings(path, settings)
+    known = read_results(chosen.out, settings)
+    check_settings(chosen.state / SETTINGS_FILE, settings)
     write_text(chosen.state / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
-    known = read_json(chosen.out / RESULTS_FILE)["results"] if (chosen.out / RESULTS_FILE).exists() else []
     done: dict[tuple[str, int], dict[str, Any]] = {(one["variant"], one["seed"]): one for one in known}
 
     def keep() -> None:
-        content = {"settings": settings, "machine": machine(), "results": list(done.values())}
-        write_text(chosen.out / RESULTS_FILE, json.dumps(content, indent=1) + "\n")
-        write_text(chosen.out / TABLE_FILE, table(list(done.values()), settings))
+        results = list(done.values())
+        write_results(chosen.out, settings, results, table(results, settings))
 
     waiting = []
     for seed in chosen.seeds:

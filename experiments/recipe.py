@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -21,19 +20,17 @@ from typing import Any
 import torch
 
 from experiments.steps import (
-    RESULTS_FILE,
-    TABLE_FILE,
     Deadline,
     add_run_arguments,
-    check_settings,
     machine,
     precision_of,
+    read_results,
     run_main,
     train_on,
+    write_results,
 )
 from refinedet.config import Preset, from_dict, get_preset, to_dict
 from refinedet.data.dataset import open_dataset
-from refinedet.files import read_json, write_text
 from refinedet.training.distributed import pick_device
 
 TRAIN_SPLIT, HELD_OUT_SPLIT = "train[:80%]", "train[80%:]"
@@ -158,9 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "trained on": f"{TRAIN_SPLIT} ({counts[0]} photos)",
         "measured on": f"{HELD_OUT_SPLIT} ({counts[1]} photos)",
     }
-    path = chosen.out / RESULTS_FILE
-    check_settings(path, settings)
-    results: list[dict[str, Any]] = read_json(path)["results"] if path.exists() else []
+    results = read_results(chosen.out, settings)
     for seed in chosen.seeds:
         for name in chosen.trials:
             if any((one["trial"], one["seed"]) == (name, seed) for one in results):
@@ -182,9 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "minutes of the last step": round((time.monotonic() - began) / 60, 2),
                 }
             )
-            content = {"settings": settings, "machine": machine(), "results": results}
-            write_text(path, json.dumps(content, indent=1) + "\n")
-            write_text(chosen.out / TABLE_FILE, table(results, settings))
+            write_results(chosen.out, settings, results, table(results, settings))
     print(f"{table(results, settings)}\n{machine()}")
     return 0
 

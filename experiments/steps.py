@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -15,7 +16,7 @@ import torch
 
 from refinedet.config import Preset
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import read_json
+from refinedet.files import read_json, write_text
 from refinedet.training.trainer import CHECKPOINT_FILE, Run, resume, train
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
@@ -55,6 +56,25 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
                 f"{path}: made with {name} {found.get(name)}, not {settings.get(name)}; choose another folder, or call "
                 f"with the old setting"
             )
+
+
+def read_results(out: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What ``write_results`` has kept in ``out``, or nothing.
+
+    Raises:
+        UsageError: it was made with other settings.
+    """
+    path = out / RESULTS_FILE
+    check_settings(path, settings)
+    results: list[dict[str, Any]] = read_json(path)["results"] if path.exists() else []
+    return results
+
+
+def write_results(out: Path, settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]], table: str) -> None:
+    """Keep the results so far, with their settings and the machine, and their table."""
+    content = {"settings": settings, "machine": machine(), "results": results}
+    write_text(out / RESULTS_FILE, json.dumps(content, indent=1) + "\n")
+    write_text(out / TABLE_FILE, table)
 
 
 def precision_of(chosen: argparse.Namespace, device: torch.device) -> Literal["fp32", "bf16"]:

@@ -204,8 +204,8 @@ def open_dataset(
         reader = voc.read_voc if layout == "voc" else coco.read_coco
         dataset = reader(root, part, class_names, log, require_annotations=require_annotations)
     dataset.problems = log.problems
-    dataset.split = split if split != "all" else None
     if bounds is not None:
+        dataset.split = split
         first, last = (_position(bound, len(dataset)) for bound in bounds)
         dataset.records = dataset.records[first:last]
     if not dataset.records and not any(problem.fatal for problem in log.problems):

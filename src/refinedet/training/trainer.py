@@ -240,8 +240,8 @@ class _Trainer:
             )
         self.folder, self.config, self.world, self.dataset = folder, config, world, dataset
         self.settings: TrainConfig = settings
-        self.also_trained_on = 0
         self.evaluation_set = self._open_evaluation_set()
+        self.also_trained_on = self._count_shared_pictures()
         self.model = model.to(world.device)
         self.network = model.network
         if settings.channels_last:
@@ -406,15 +406,20 @@ class _Trainer:
             raise UsageError(
                 f"'{split}' is the training split; evaluate on another, or on none with --evaluate-split none"
             )
-        found = open_joined(self.config.data, split, self.config.class_names)
+        return open_joined(self.config.data, split, self.config.class_names)
+
+    def _count_shared_pictures(self) -> int:
+        """How many pictures are both trained and evaluated on; a note if there are any."""
+        if self.evaluation_set is None:
+            return 0
         trained_on = {record.image_path for record in self.dataset.records}
-        self.also_trained_on = sum(record.image_path in trained_on for record in found.records)
-        if self.also_trained_on and self.world.is_main:
+        both = sum(record.image_path in trained_on for record in self.evaluation_set.records)
+        if both and self.world.is_main:
             print(
-                f"note: {self.also_trained_on} of the {len(found)} pictures of '{split}' are trained on too, so its "
-                f"figure does not say how good the model is on others"
+                f"note: {both} of the {len(self.evaluation_set)} pictures of '{self.settings.evaluate_split}' are "
+                f"trained on too, so its figure does not say how good the model is on others"
             )
-        return found
+        return both
 
     def _loggers(self) -> LoggerGroup:
         if not self.world.is_main:
