@@ -48,6 +48,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "milestones": {"train.schedule": "milestones"},
     "expand-2": {"train.augment.expand_ratio": 2.0},
     "mosaic": {"train.augment.mosaic_probability": 0.5},
+    "mixup": {"train.augment.mixup_probability": 0.5},
     "label-smoothing": {"train.loss.label_smoothing": 0.1},
     "arm-0.7-0.3": {"train.loss.arm_positive_iou": 0.7, "train.loss.arm_negative_iou": 0.3},
     "tcb-256": {"model.tcb_channels": 256},
@@ -58,6 +59,12 @@ TRIALS: dict[str, dict[str, Any]] = {
         "train.augment.expand_ratio": 2.0,
         "train.augment.mosaic_probability": 0.5,
     },
+    "adamw+expand-2+mosaic+mixup": {
+        **_ADAMW,
+        "train.augment.expand_ratio": 2.0,
+        "train.augment.mosaic_probability": 0.5,
+        "train.augment.mixup_probability": 0.5,
+    },
     "adamw+expand-2+mosaic-always": {
         **_ADAMW,
         "train.augment.expand_ratio": 2.0,
@@ -65,7 +72,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     },
 }
 """What each trial does unlike the base, which ``base_recipe`` gives: SGD of 0.01 with a cosine, batch of 16, average of
-the weights, expansion up to 4, no mosaics."""
+the weights, expansion up to 4, no mosaics, no mixup."""
 
 
 def changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
@@ -195,6 +202,7 @@ def base_recipe(preset: Preset, chosen: argparse.Namespace, device: torch.device
         "train.batch_size": chosen.batch_size,
         "train.augment.expand_ratio": 4.0,
         "train.augment.mosaic_probability": 0.0,
+        "train.augment.mixup_probability": 0.0,
         "train.iterations": chosen.iterations,
         "train.warmup_iterations": chosen.warmup_iterations,
         "train.size_schedule": (),

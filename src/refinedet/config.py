@@ -177,6 +177,9 @@ class AugmentConfig:
     mosaic_probability: float = 0.0
     """Chance that an input is put together from four pictures that meet in a random point, each cropped, distorted and
     flipped on its own but not expanded (not in the paper; for small data sets)."""
+    mixup_probability: float = 0.0
+    """Chance that a second input, made by the same law from another picture, shines through and both keep their targets
+    (not in the paper; for long trainings on small data sets)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.expand_probability <= 1, "expand_probability", self.expand_probability, "in [0, 1]")
@@ -184,6 +187,7 @@ class AugmentConfig:
         _require(0 <= self.flip_probability <= 1, "flip_probability", self.flip_probability, "in [0, 1]")
         _require(len(self.interpolations) >= 1, "interpolations", self.interpolations, "at least one name")
         _require(0 <= self.mosaic_probability <= 1, "mosaic_probability", self.mosaic_probability, "in [0, 1]")
+        _require(0 <= self.mixup_probability <= 1, "mixup_probability", self.mixup_probability, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +266,9 @@ class TrainConfig:
     """Paper, section 4; not applied to biases."""
     bias_learning_rate_factor: float = 2.0
     """Official code: lr_mult 2, decay_mult 0 for biases of convolutions."""
+    backbone_learning_rate_factor: float = 1.0
+    """Multiple of the rate for what ImageNet weights come with: less than 1 keeps more of what they know, 0 all of it.
+    The paper has one rate."""
     gradient_clip_norm: float | None = None
     """Largest norm of the whole gradient; the paper does not clip."""
     ema_decay: float | None = None
@@ -304,7 +311,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "accumulation_steps", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_iterations", "workers", "evaluate_every", "weight_decay", "bias_learning_rate_factor"):
+        for name in (
+            "warmup_iterations",
+            "workers",
+            "evaluate_every",
+            "weight_decay",
+            "bias_learning_rate_factor",
+            "backbone_learning_rate_factor",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
         _require(
             self.learning_rate > 0 and math.isfinite(self.learning_rate),

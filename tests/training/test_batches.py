@@ -165,8 +165,40 @@ def test_a_mosaic_is_four_pictures_side_by_side(voc_folder: FolderFactory) -> No
     assert len(meetings) > 3
 
 
+def test_mixup_shows_two_pictures_and_keeps_the_targets_of_both(voc_folder: FolderFactory) -> None:
+    """The share of the first, found by least squares, explains every pixel; the targets say which the second is."""
+    data = open_dataset(voc_folder(images=5, splits={"trainval": list(range(5))}), "trainval")
+    config = TrainConfig(
+        iterations=60, batch_size=1, workers=0, augment=dataclasses.replace(PLAIN, mixup_probability=1.0)
+    )
+    pictures = [normalize(resize(data.load_image(i), *SIZE), MODEL).astype(np.float64) for i in range(5)]
+    boxes = [one.boxes * np.array([64 / one.width, 64 / one.height] * 2, dtype=np.float32) for one in data.records]
+    shares, seconds = [], set()
+    for batch in batches_of(data, config):
+        found = batch.targets.boxes[0].numpy()
+        first = next(i for i, record in enumerate(data.records) if str(record.image_path) == batch.names[0])
+        rest = found[len(boxes[first]) :]
+        np.testing.assert_allclose(found[: len(boxes[first])], boxes[first], atol=1e-4)
+        second = next(i for i in range(5) if boxes[i].shape == rest.shape and np.allclose(boxes[i], rest, atol=1e-4))
+        assert batch.targets.labels[0].tolist() == [*data[first].labels, *data[second].labels]
+        seconds.add(second)
+        if first == second:
+            continue
+        difference = pictures[first] - pictures[second]
+        mixed = batch.images[0].numpy().astype(np.float64) - pictures[second]
+        share = float((difference * mixed).sum() / (difference**2).sum())
+        assert np.abs(mixed - share * difference).max() < 2.5 / 57, "each rounding may cost a level"
+        shares.append(share)
+    assert seconds == set(range(5))
+    assert 0.1 < min(shares) < 0.4, "Beta(8, 8): half with a standard deviation of 0.12"
+    assert 0.6 < max(shares) < 0.9
+    assert abs(np.mean(shares) - 0.5) < 0.06
+    assert abs(np.std(shares) - 0.121) < 0.04
+
+
 def test_mosaics_mix_pictures_and_survive_a_stop(dataset: DetectionDataset) -> None:
-    config = TrainConfig(iterations=8, batch_size=2, workers=0, augment=AugmentConfig(mosaic_probability=0.5), seed=1)
+    augment = AugmentConfig(mosaic_probability=0.5, mixup_probability=0.5)
+    config = TrainConfig(iterations=8, batch_size=2, workers=0, augment=augment, seed=1)
     alone = batches_of(dataset, config)
     assert_equal(batches_of(dataset, dataclasses.replace(config, workers=1), start=3), alone[3:])
     never = batches_of(dataset, dataclasses.replace(config, augment=AugmentConfig()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -94,6 +95,47 @@ def test_vgg_biases_and_scales() -> None:
     assert len(biases["params"]) == 17 + 15 + 16
     # The two scales of L2Norm are decayed like weights.
     assert len(weights["params"]) == len(biases["params"]) + 2
+
+
+@pytest.mark.parametrize(
+    ("config", "new"),
+    [
+        (RESNET, ("res6",)),
+        (
+            dataclasses.replace(RESNET, backbone="vgg16", tcb_batch_norm=False),
+            ("conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm"),
+        ),
+    ],
+)
+def test_what_comes_from_imagenet_may_have_a_rate_of_its_own(config: ModelConfig, new: tuple[str, ...]) -> None:
+    network = network_of(config)
+    groups = parameter_groups(network, TrainConfig(backbone_learning_rate_factor=0.2))
+    factors = {id(parameter): group["factor"] for group in groups for parameter in group["params"]}
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    seen = set()
+    for name, parameter in network.named_parameters():
+        part, _, rest = name.partition(".")
+        pretrained = part == "backbone" and rest.partition(".")[0] not in new
+        # Of convolutions: batch norm has weights and biases of one dimension alike, scales of L2Norm no bias.
+        bias = name.endswith(".bias") and network.get_submodule(name[: -len(".bias")])._get_name().startswith("Conv")
+        assert factors.pop(id(parameter)) == pytest.approx((0.2 if pretrained else 1.0) * (2.0 if bias else 1.0)), name
+        assert decays[id(parameter)] == (0.0 if bias else 5e-4), name
+        seen.add((pretrained, bias))
+    assert not factors
+    assert len(seen) >= 3
+
+
+def test_only_the_new_layers_move_where_the_backbone_has_no_rate() -> None:
+    network = network_of()
+    before = {name: tensor.clone() for name, tensor in network.named_parameters()}
+    config = TrainConfig(optimizer="adamw", learning_rate=0.1, backbone_learning_rate_factor=0.0)
+    optimizer = build_optimizer(network, config)
+    set_learning_rate(optimizer, 0.1)
+    sum(tensor.sum() for tensor in network.parameters()).backward()
+    optimizer.step()
+    for name, tensor in network.named_parameters():
+        kept = name.startswith("backbone.") and not name.startswith("backbone.res6.")
+        assert torch.equal(tensor, before[name]) == kept, name
 
 
 def test_an_update_by_hand() -> None:

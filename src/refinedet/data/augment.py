@@ -40,6 +40,8 @@ CROP_ASPECT = (0.5, 2.0)
 """Width / height of a crop relative to the picture's; narrowed to [scale^2, 1 / scale^2] so that the crop fits."""
 MOSAIC_CENTRE = (0.3, 0.7)
 """Where four pictures meet: uniform between these, in shares of the width and of the height."""
+MIXUP_BETA = 8.0
+"""The share of the first of two mixed pictures: Beta(8, 8), near one half, so that the objects of both can be seen."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,20 @@ def sample_mosaic(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple
     height, width = size
     x, y = round(width * rng.uniform(*MOSAIC_CENTRE)), round(height * rng.uniform(*MOSAIC_CENTRE))
     return [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+
+
+def mix(first: ByteArray, second: ByteArray, share: float) -> ByteArray:
+    """Lay two pictures over each other.
+
+    Args:
+        first: (H, W, 3) uint8.
+        second: of the same shape.
+        share: of ``first``, 0..1; ``second`` has the rest.
+
+    Returns:
+        (H, W, 3) uint8, rounded down.
+    """
+    return np.asarray(Image.blend(Image.fromarray(second), Image.fromarray(first), share))
 
 
 def distort(picture: Image.Image, photometric: Photometric) -> Image.Image:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchvision
@@ -66,6 +66,8 @@ class VGG16(nn.Module):
     """
 
     out_channels = (512, 512, 1024, 512)
+    new_modules: ClassVar[tuple[str, ...]] = ("conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm")
+    """Parts that no ImageNet weights come with."""
 
     def __init__(self, *, fc6_dilation: int = 3) -> None:
         super().__init__()
@@ -178,6 +180,9 @@ class ResNet(nn.Module):
             the stem without padding, rounding up; names and shapes of the parameters stay.
     """
 
+    new_modules: ClassVar[tuple[str, ...]] = ("res6",)
+    """Parts that no ImageNet weights come with."""
+
     def __init__(
         self, name: BackboneName, *, norm: str = "batch", frozen_stages: int = 0, layout: str = "torchvision"
     ) -> None:
@@ -246,6 +251,9 @@ class TimmBackbone(nn.Module):
     Raises:
         UsageError: timm is not installed, does not know the name, or the network has no such maps.
     """
+
+    new_modules: ClassVar[tuple[str, ...]] = ("res6",)
+    """Parts that no ImageNet weights come with."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

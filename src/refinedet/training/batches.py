@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data.augment import (
+    MIXUP_BETA,
     Photometric,
+    mix,
     render,
     sample_geometry,
     sample_mosaic,
@@ -158,11 +160,27 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
     def __getitem__(self, draw: Draw) -> Sample | RefineDetError:
         rng = np.random.default_rng([self.seed, 1, draw.number])
         try:
-            if self.augment.mosaic_probability and rng.random() < self.augment.mosaic_probability:
-                return self._mosaic(rng, draw)
-            return self._augmented(rng, draw.index, draw.side, self.augment)
+            first = self._input(rng, draw.index, draw.side)
+            if self.augment.mixup_probability and rng.random() < self.augment.mixup_probability:
+                return self._mixed(rng, first)
+            return first
         except RefineDetError as error:
             return RefineDetError(str(error))
+
+    def _input(self, rng: np.random.Generator, index: int, size: tuple[int, int]) -> Sample:
+        """A mosaic that begins with that picture, or the picture alone."""
+        if self.augment.mosaic_probability and rng.random() < self.augment.mosaic_probability:
+            return self._mosaic(rng, index, size)
+        return self._augmented(rng, index, size, self.augment)
+
+    def _mixed(self, rng: np.random.Generator, first: Sample) -> Sample:
+        """That input with a second one shining through, the targets of both and the name of the first."""
+        picture, boxes, labels, name = first
+        other = int(rng.integers(len(self.dataset)))
+        height, width = picture.shape[:2]
+        second, more_boxes, more_labels, _ = self._input(rng, other, (height, width))
+        share = rng.beta(MIXUP_BETA, MIXUP_BETA)
+        return mix(picture, second, share), torch.cat([boxes, more_boxes]), torch.cat([labels, more_labels]), name
 
     def _augmented(self, rng: np.random.Generator, index: int, size: tuple[int, int], augment: AugmentConfig) -> Sample:
         record, image = self.dataset[index], self._load(index)
@@ -182,12 +200,12 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
                 self._kept[index] = image
         return image
 
-    def _mosaic(self, rng: np.random.Generator, draw: Draw) -> Sample:
-        """The picture of the draw and three others, each in a tile of its own; the draw's picture names the sample."""
+    def _mosaic(self, rng: np.random.Generator, index: int, size: tuple[int, int]) -> Sample:
+        """That picture and three others, each in a tile of its own; the first names the sample."""
         augment = dataclasses.replace(self.augment, expand_probability=0.0)
-        tiles = sample_mosaic(rng, draw.side)
-        indices = [draw.index, *(int(i) for i in rng.integers(len(self.dataset), size=3))]
-        canvas = np.empty((*draw.side, 3), dtype=np.uint8)
+        tiles = sample_mosaic(rng, size)
+        indices = [index, *(int(i) for i in rng.integers(len(self.dataset), size=3))]
+        canvas = np.empty((*size, 3), dtype=np.uint8)
         boxes, labels, names = [], [], []
         for index, place in zip(indices, rng.permutation(4), strict=True):
             x1, y1, x2, y2 = tiles[place]

@@ -14,23 +14,44 @@ from refinedet.model.network import RefineDetNetwork
 
 
 def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
-    """Two groups: biases of convolutions (double rate, no decay), and everything else that learns.
+    """Biases of convolutions (double rate, no decay) and everything else that learns.
 
     Source: official code, lr_mult 2 and decay_mult 0 for biases; scales of L2Norm and batch norm are decayed.
-    Each group carries ``factor``, its multiple of the learning rate.
+    Each group carries ``factor``, its multiple of the learning rate. Where the backbone has a rate of its own, what it
+    has from ImageNet makes two groups more.
     """
-    biases: list[nn.Parameter] = []
-    weights: list[nn.Parameter] = []
+    own = config.backbone_learning_rate_factor
+    pretrained = _pretrained(network) if own != 1 else set()
+    # Weights and biases of a rate, in the order of their first appearance here.
+    groups: dict[float, tuple[list[nn.Parameter], list[nn.Parameter]]] = {1.0: ([], [])}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
+            weights, biases = groups.setdefault(own if id(parameter) in pretrained else 1.0, ([], []))
             convolution = isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
             (biases if convolution and name == "bias" else weights).append(parameter)
+    decay, bias = config.weight_decay, config.bias_learning_rate_factor
     return [
-        {"params": weights, "weight_decay": config.weight_decay, "factor": 1.0},
-        {"params": biases, "weight_decay": 0.0, "factor": config.bias_learning_rate_factor},
+        group
+        for factor, (weights, biases) in groups.items()
+        for group in (
+            {"params": weights, "weight_decay": decay, "factor": factor},
+            {"params": biases, "weight_decay": 0.0, "factor": factor * bias},
+        )
     ]
+
+
+def _pretrained(network: nn.Module) -> set[int]:
+    """Identities of the parameters that ImageNet weights come with."""
+    backbone = getattr(network, "backbone", None)
+    if backbone is None:
+        return set()
+    return {
+        id(parameter)
+        for name, parameter in backbone.named_parameters()
+        if name.partition(".")[0] not in backbone.new_modules
+    }
 
 
 def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
