@@ -35,6 +35,8 @@ from refinedet.training.distributed import pick_device
 
 TRAIN_SPLIT, HELD_OUT_SPLIT = "train[:80%]", "train[80%:]"
 _ADAMW = {"train.optimizer": "adamw", "train.learning_rate": 5e-4, "train.weight_decay": 0.05}
+_MOSAICS = {**_ADAMW, "train.augment.expand_ratio": 2.0, "train.augment.mosaic_probability": 0.5}
+_OWN_RATE = "train.backbone_learning_rate_factor"
 TRIALS: dict[str, dict[str, Any]] = {
     "base": {},
     "rate-half": {"train.learning_rate": 0.005},
@@ -54,25 +56,18 @@ TRIALS: dict[str, dict[str, Any]] = {
     "tcb-256": {"model.tcb_channels": 256},
     "adamw+expand-2": {**_ADAMW, "train.augment.expand_ratio": 2.0},
     "adamw-rate-half+expand-2": {**_ADAMW, "train.learning_rate": 2.5e-4, "train.augment.expand_ratio": 2.0},
-    "adamw+expand-2+mosaic": {
-        **_ADAMW,
-        "train.augment.expand_ratio": 2.0,
-        "train.augment.mosaic_probability": 0.5,
-    },
-    "adamw+expand-2+mosaic+mixup": {
-        **_ADAMW,
-        "train.augment.expand_ratio": 2.0,
-        "train.augment.mosaic_probability": 0.5,
-        "train.augment.mixup_probability": 0.5,
-    },
-    "adamw+expand-2+mosaic-always": {
-        **_ADAMW,
-        "train.augment.expand_ratio": 2.0,
-        "train.augment.mosaic_probability": 1.0,
-    },
+    "adamw+expand-2+mosaic": _MOSAICS,
+    "adamw+expand-2+mosaic-always": {**_MOSAICS, "train.augment.mosaic_probability": 1.0},
+    "adamw+expand-2+mosaic+mixup": {**_MOSAICS, "train.augment.mixup_probability": 0.5},
+    "adamw+expand-2+mosaic+backbone-0.2": {**_MOSAICS, _OWN_RATE: 0.2},
+    "adamw-rate-double+expand-2+mosaic+backbone-0.1": {**_MOSAICS, "train.learning_rate": 1e-3, _OWN_RATE: 0.1},
+    "adamw-rate-double+expand-2+mosaic+backbone-0.03": {**_MOSAICS, "train.learning_rate": 1e-3, _OWN_RATE: 0.03},
+    "adamw-rate-double+expand-2+mosaic+backbone-0.01": {**_MOSAICS, "train.learning_rate": 1e-3, _OWN_RATE: 0.01},
+    "adamw-rate-4+expand-2+mosaic+backbone-0.005": {**_MOSAICS, "train.learning_rate": 2e-3, _OWN_RATE: 0.005},
+    "adamw-rate-double+expand-2+mosaic+backbone-0": {**_MOSAICS, "train.learning_rate": 1e-3, _OWN_RATE: 0.0},
 }
 """What each trial does unlike the base, which ``base_recipe`` gives: SGD of 0.01 with a cosine, batch of 16, average of
-the weights, expansion up to 4, no mosaics, no mixup."""
+the weights, one rate, expansion up to 4, no mosaics, no mixup."""
 
 
 def changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
@@ -197,6 +192,7 @@ def base_recipe(preset: Preset, chosen: argparse.Namespace, device: torch.device
         "train.learning_rate": 0.01,
         "train.schedule": "cosine",
         "train.weight_decay": 5e-4,
+        "train.backbone_learning_rate_factor": 1.0,
         "train.gradient_clip_norm": 10.0,
         "train.ema_decay": 0.998,
         "train.batch_size": chosen.batch_size,
