@@ -268,7 +268,7 @@ class TrainConfig:
     """Official code: lr_mult 2, decay_mult 0 for biases of convolutions."""
     backbone_learning_rate_factor: float = 1.0
     """Multiple of the rate for what ImageNet weights come with: less than 1 keeps more of what they know, 0 all of it.
-    The paper has one rate."""
+    Not used where a training starts from random numbers. The paper has one rate."""
     gradient_clip_norm: float | None = None
     """Largest norm of the whole gradient; the paper does not clip."""
     ema_decay: float | None = None

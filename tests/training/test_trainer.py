@@ -65,6 +65,24 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(stream)]
 
 
+def test_a_backbone_without_a_rate_keeps_what_it_knows_if_it_knows_anything(
+    voc_folder: FolderFactory, tmp_path: Path
+) -> None:
+    data = voc_folder()
+    preset = tiny(iterations=2, backbone_learning_rate_factor=0.0, ema_decay=None)
+    first = train(preset, data, out=tmp_path / "first", backbone_weights="random", device="cpu")
+    torch.manual_seed(preset.train.seed)
+    random = RefineDet(first.model.config, first.model.class_names)
+    name = "backbone.layer2.0.conv1.weight"
+    assert not torch.equal(first.model.network.get_parameter(name), random.network.get_parameter(name))
+    second = train(preset, data, out=tmp_path / "second", init=tmp_path / "first", device="cpu")
+    for name, tensor in second.model.network.named_parameters():
+        if name.startswith("backbone.") and not name.startswith("backbone.res6."):
+            assert torch.equal(tensor, first.model.network.get_parameter(name)), name
+    name = "tcb.0.conv1.weight"
+    assert not torch.equal(second.model.network.get_parameter(name), first.model.network.get_parameter(name))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_four_and_six_iterations_are_ten_bit_for_bit(
     voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str

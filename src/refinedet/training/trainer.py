@@ -251,7 +251,10 @@ class _Trainer:
         ).to(world.device)
         # Everything that a resumed run must find again stands in the next lines, in state() and in load_state().
         self.iteration = 0
-        self.optimizer = build_optimizer(self.network, settings)
+        # A slow backbone is for keeping what it knows; with random numbers it knows nothing.
+        random = config.initial_weights == "random"
+        even = dataclasses.replace(settings, backbone_learning_rate_factor=1.0)
+        self.optimizer = build_optimizer(self.network, even if random else settings)
         self.average = MovingAverage(self.network, settings.ema_decay) if settings.ema_decay is not None else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
         self.best = -1.0
