@@ -58,7 +58,7 @@ def build_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Opti
     """SGD with momentum, or AdamW, over ``parameter_groups``."""
     groups = parameter_groups(network, config)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate, foreach=True)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
