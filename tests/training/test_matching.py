@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import oracles
 from oracles import Margin
-from refinedet.training.matching import Targets, match, mine_negatives
+from refinedet.training.matching import Targets, match, match_together, mine_negatives
 
 seeds = st.integers(0, 2**32 - 1)
 objects = st.lists(st.integers(0, 12), min_size=1, max_size=4)
@@ -18,8 +18,11 @@ TOO_CLOSE = 2e-6
 
 def compare(anchors: torch.Tensor, targets: Targets, positive_iou: float) -> None:
     """``anchors`` (A, 4), or (B, A, 4)."""
-    result = match(anchors, targets, positive_iou)
     batch, count = len(targets.labels), anchors.shape[-2]
+    result = match(anchors, targets, positive_iou)
+    together = match_together(anchors.expand(batch, count, 4), targets, positive_iou)
+    assert torch.equal(result.target, together.target)
+    assert torch.equal(result.overlap, together.overlap)
     assert result.target.shape == (batch, count)
     assert result.overlap.shape == (batch, count)
     for b in range(batch):
@@ -138,16 +141,19 @@ def test_padding_never_matches() -> None:
     # The padding of the first image lies at (0, 0, 0, 0); even a real box there must count as padding.
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     boxes = torch.tensor([[[20.0, 20, 30, 30], [0, 0, 10, 10]], [[0, 0, 10, 10], [20, 20, 30, 30]]])
-    result = match(anchors, Targets(boxes, torch.tensor([[0, -1], [0, 2]])), 0.5)
-    assert result.target.tolist() == [[-1, 0], [0, 1]]
-    assert result.overlap.tolist() == [[0.0, 1.0], [1.0, 1.0]]
+    for labels, second in (([[0, -1], [0, 2]], [0, 1]), ([[0, -1], [-1, 2]], [-1, 1])):
+        targets = Targets(boxes, torch.tensor(labels))
+        for result in (match(anchors, targets, 0.5), match_together(anchors.expand(2, 2, 4), targets, 0.5)):
+            assert result.target.tolist() == [[-1, 0], second]
+            assert result.overlap.tolist() == [[0.0, 1.0], [1.0 + min(0, second[0]), 1.0]]
 
 
 def test_no_targets_at_all() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10]])
-    result = match(anchors, Targets.collate([torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2), 0.5)
-    assert result.target.tolist() == [[-1], [-1]]
-    assert result.overlap.tolist() == [[0.0], [0.0]]
+    targets = Targets.collate([torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.int64)] * 2)
+    for result in (match(anchors, targets, 0.5), match_together(anchors.expand(2, 1, 4), targets, 0.5)):
+        assert result.target.tolist() == [[-1], [-1]]
+        assert result.overlap.tolist() == [[0.0], [0.0]]
 
 
 def test_boxes_that_are_no_numbers_never_match() -> None:

@@ -1,6 +1,7 @@
 """Which anchors are positive, which negatives are mined (paper, section 4; official bbox_util.cpp:624-760, 1078-1187).
 
 Everything is batched: images of a batch are padded to the same number of targets, and no step waits for the device.
+Only on a CPU, which has nothing to wait for, are images matched one by one.
 """
 
 from __future__ import annotations
@@ -77,14 +78,32 @@ def match(anchors: Tensor, targets: Targets, positive_iou: float) -> Match:
     Returns:
         The matched target and the best overlap of each anchor.
     """
+    batch, count = len(targets.labels), anchors.shape[-2]
+    anchors = anchors.expand(batch, count, 4)
+    if targets.labels.device.type != "cpu":
+        return match_together(anchors, targets, positive_iou)
+    # Each image alone, up to the last of its own targets: work on padding costs a CPU more than this loop.
+    counts = [max((n + 1 for n, valid in enumerate(row) if valid), default=0) for row in targets.valid.tolist()]
+    singles = [
+        match_together(
+            anchors[i : i + 1], Targets(targets.boxes[i : i + 1, :n], targets.labels[i : i + 1, :n]), positive_iou
+        )
+        for i, n in enumerate(counts)
+    ]
+    return Match(torch.cat([one.target for one in singles]), torch.cat([one.overlap for one in singles]))
+
+
+@torch.no_grad()
+def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Match:
+    """``match`` of all images in the same steps, as an accelerator wants it; ``anchors`` (B, A, 4)."""
     batch, most = targets.labels.shape
-    count = anchors.shape[-2]
+    count = anchors.shape[1]
     device = targets.labels.device
     if most == 0:
         nothing = torch.full((batch, count), -1, dtype=torch.int64, device=device)
         return Match(nothing, torch.zeros(batch, count, device=device))
     # Target-major, so that the search for a target's best anchor runs over adjacent memory.
-    overlaps = box_ops.iou(targets.boxes, anchors.expand(batch, count, 4))
+    overlaps = box_ops.iou(targets.boxes, anchors)
     # NaN (boxes that are no numbers) must never win; padding must never match.
     overlaps = torch.where(targets.valid[:, :, None], overlaps, -1.0).nan_to_num(nan=0.0)
     best_overlap, best_target = overlaps.max(dim=1)
