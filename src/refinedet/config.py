@@ -511,7 +511,7 @@ PRESETS: dict[str, Preset] = {
         # Chosen by trials on a part of train (docs/results.md): AdamW, a backbone that hardly moves away from ImageNet,
         # fewer tiny objects, and mosaics, which show more objects per picture.
         train=TrainConfig(
-            iterations=9_200,
+            iterations=11_200,
             batch_size=16,
             optimizer="adamw",
             learning_rate=1e-3,
@@ -521,7 +521,7 @@ PRESETS: dict[str, Preset] = {
             warmup_iterations=100,
             gradient_clip_norm=10.0,
             ema_decay=0.999,
-            size_schedule=((0, 192), (2_500, 256), (6_000, 320)),
+            size_schedule=((0, 192), (3_000, 256), (7_200, 320)),
             precision="bf16",
             workers=1,
             evaluate_every=1_500,
