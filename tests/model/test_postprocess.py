@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ import oracles
 from oracles import Margin
 from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.model.network import Predictions
-from refinedet.model.postprocess import non_maximum_suppression, postprocess
+from refinedet.model.postprocess import non_maximum_suppression, postprocess, suppress_at_once
 
 PAPER = InferenceConfig()
 OFFICIAL = InferenceConfig(candidates=1000, candidates_per="class", max_detections=500)
 TOO_CLOSE = 1e-6
 seeds = st.integers(0, 2**32 - 1)
+both_ways = pytest.mark.parametrize("suppress", [non_maximum_suppression, suppress_at_once])
+Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def separated_predictions(generator: torch.Generator, *, batch: int, anchors: int, classes: int) -> Predictions:
@@ -129,43 +132,45 @@ def test_candidates_per_image_are_pairs_over_all_classes() -> None:
     assert result.boxes[0, :, 0].tolist() == pytest.approx([0, 0, 0, 50, 50, 50], abs=1e-4)
 
 
-def test_nms_chain_by_hand() -> None:
+@both_ways
+def test_nms_chain_by_hand(suppress: Suppress) -> None:
     # A = (0, 0, 10, 10), B = A moved by 3, C = A moved by 6: A and B share 70 of 130 (0.538 > 0.45), so do B and C;
     # A and C share 40 of 160 (0.25). A drops B; B, dropped, cannot drop C; so A and C stay. D = A moved by 9 shares
     # 70 of 130 with C and goes.
     boxes = torch.tensor([[[0.0, 0, 10, 10], [3, 0, 13, 10], [6, 0, 16, 10], [9, 0, 19, 10]]])
     labels, valid = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool)
-    assert non_maximum_suppression(boxes, labels, valid, 0.45).tolist() == [[True, False, True, False]]
+    assert suppress(boxes, labels, valid, 0.45).tolist() == [[True, False, True, False]]
     # Other classes do not compete, invalid boxes neither: without A, B stays and drops C, and D stays.
     other = torch.tensor([[0, 1, 0, 1]])
-    assert non_maximum_suppression(boxes, other, valid, 0.45).tolist() == [[True] * 4]
+    assert suppress(boxes, other, valid, 0.45).tolist() == [[True] * 4]
     without = torch.tensor([[False, True, True, True]])
-    assert non_maximum_suppression(boxes, labels, without, 0.45).tolist() == [[False, True, False, True]]
+    assert suppress(boxes, labels, without, 0.45).tolist() == [[False, True, False, True]]
 
 
-def test_suppression_wants_more_than_the_threshold() -> None:
+@both_ways
+def test_suppression_wants_more_than_the_threshold(suppress: Suppress) -> None:
     # Overlap exactly 0.5: kept at 0.5, dropped below.
     boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 4]]])
     labels, valid = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool)
-    assert non_maximum_suppression(boxes, labels, valid, 0.5).tolist() == [[True, True]]
-    assert non_maximum_suppression(boxes, labels, valid, 0.4999).tolist() == [[True, False]]
+    assert suppress(boxes, labels, valid, 0.5).tolist() == [[True, True]]
+    assert suppress(boxes, labels, valid, 0.4999).tolist() == [[True, False]]
 
 
-def test_a_long_chain() -> None:
+@both_ways
+def test_a_long_chain(suppress: Suppress) -> None:
     # Each box drops the next: the rounds needed grow with the length.
     count = 60
     boxes = torch.tensor([[[3.0 * i, 0, 3.0 * i + 10, 10] for i in range(count)]])
-    keep = non_maximum_suppression(
-        boxes, torch.zeros(1, count, dtype=torch.int64), torch.ones(1, count, dtype=torch.bool), 0.45
-    )
+    keep = suppress(boxes, torch.zeros(1, count, dtype=torch.int64), torch.ones(1, count, dtype=torch.bool), 0.45)
     assert keep[0].tolist() == [i % 2 == 0 for i in range(count)]
 
 
+@both_ways
 @settings(max_examples=150, deadline=None)
 @given(seed=seeds, batch=st.integers(1, 3), count=st.integers(0, 50), classes=st.integers(1, 4),
        threshold=st.sampled_from([0.45, 0.1, 0.8]), share=st.sampled_from([1.0, 0.6]))  # fmt: skip
 def test_nms_equals_the_greedy_loop(
-    seed: int, batch: int, count: int, classes: int, threshold: float, share: float
+    suppress: Suppress, seed: int, batch: int, count: int, classes: int, threshold: float, share: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.stack(
@@ -173,7 +178,7 @@ def test_nms_equals_the_greedy_loop(
     )
     labels = torch.randint(0, classes, (batch, count), generator=generator)
     valid = torch.rand(batch, count, generator=generator) < share
-    keep = non_maximum_suppression(boxes, labels, valid, threshold)
+    keep = suppress(boxes, labels, valid, threshold)
     for b in range(batch):
         expected = set()
         for label in range(classes):
@@ -183,6 +188,19 @@ def test_nms_equals_the_greedy_loop(
             assume(margin.smallest > 1e-6)
             expected |= {own[index] for index in kept}
         assert set(keep[b].nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("classes", [1, 3, 80])
+def test_many_boxes_are_suppressed_alike_in_blocks_and_at_once(classes: int) -> None:
+    # Labels of many boxes have a block of their own, rare ones share one: more boxes than the loop above can check.
+    generator = torch.Generator().manual_seed(classes)
+    boxes = torch.stack([oracles.random_boxes(generator, 900, smallest=20, largest=60, side=150) for _ in range(2)])
+    labels = torch.randint(0, classes, (2, 900), generator=generator)
+    labels = torch.where(torch.rand(2, 900, generator=generator) < 0.4, 0, labels)
+    valid = torch.rand(2, 900, generator=generator) < 0.9
+    kept = non_maximum_suppression(boxes, labels, valid, 0.45)
+    assert 2 * classes < kept.sum() < 1200
+    assert torch.equal(kept, suppress_at_once(boxes, labels, valid, 0.45))
 
 
 def test_filtered_anchors_detect_nothing() -> None:

@@ -16,6 +16,9 @@ from refinedet import boxes as box_ops
 from refinedet.config import ModelConfig
 from refinedet.model.network import Predictions, starting_boxes
 
+_BLOCK = 128
+"""Labels with few boxes are suppressed together up to so many: a call costs more than its overlaps."""
+
 
 class PaddedDetections(NamedTuple):
     """Detections of a batch, best first, D = the config's ``max_detections`` or fewer."""
@@ -115,9 +118,19 @@ def non_maximum_suppression(boxes: Tensor, labels: Tensor, valid: Tensor, thresh
         threshold: largest overlap with a kept better box at which a box is kept.
 
     Returns:
-        (N, K) bool. The loop repeats "drop what a kept box suppresses" from the state in which all are kept; after n
-        rounds the first n + 1 boxes are decided as the greedy procedure decides them, so when nothing changes, all are.
-        A few rounds are enough in practice.
+        (N, K) bool.
+    """
+    if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _suppress_by_label(boxes, labels, valid, threshold)
+    return suppress_at_once(boxes, labels, valid, threshold)
+
+
+def suppress_at_once(boxes: Tensor, labels: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """``non_maximum_suppression`` for devices that like large matrices, and for graphs: every shape is fixed.
+
+    The loop repeats "drop what a kept box suppresses" from the state in which all are kept; after n rounds the first
+    n + 1 boxes are decided as the greedy procedure decides them, so when nothing changes, all are. A few rounds are
+    enough in practice.
     """
     rivals = (box_ops.iou(boxes, boxes) > threshold) & (labels[:, :, None] == labels[:, None, :])
     # As numbers: how many kept boxes suppress each box is then a matrix product, exact and far faster than any().
@@ -129,6 +142,26 @@ def non_maximum_suppression(boxes: Tensor, labels: Tensor, valid: Tensor, thresh
         if torch.equal(decided, keep):
             break
         keep = decided
+    return keep
+
+
+def _suppress_by_label(boxes: Tensor, labels: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """``non_maximum_suppression`` for a CPU: only valid boxes are compared, and hardly any of different labels."""
+    keep = torch.zeros_like(valid)
+    for n in range(len(boxes)):
+        index = valid[n].nonzero()[:, 0]
+        # Stable: within a label the best box stays first.
+        own_labels, order = labels[n, index].sort(stable=True)
+        index = index[order]
+        blocks = [0]
+        for count in own_labels.bincount().tolist():
+            if blocks[-1] + count > _BLOCK:
+                blocks.append(0)
+            blocks[-1] += count
+        for block in torch.split(index, blocks):
+            keep[n, block] = suppress_at_once(
+                boxes[n, block][None], labels[n, block][None], valid[n, block][None], threshold
+            )[0]
     return keep
 
 
