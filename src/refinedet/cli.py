@@ -107,6 +107,8 @@ class EvaluateCall:
     CSV."""
     multi_scale: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Test at several sizes, flipped too, and merge by box voting: the paper's "+" rows, 16 to 40 times the work."""
+    shared_classes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """For data of other classes: measure by those that model and data share (VOC's and COCO's names are matched)."""
     submission: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Results for the server of Pascal VOC (.zip, .tar.gz) or COCO (.zip, .json); DATA may lack annotations."""
     limit: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
@@ -444,6 +446,7 @@ def _evaluate(arguments: list[str]) -> int:
         limit=call.limit,
         batch_size=call.batch_size,
         multi_scale=call.multi_scale,
+        shared_classes=call.shared_classes,
         submission=call.submission,
         progress=sys.stderr.isatty(),
     )

@@ -139,6 +139,25 @@ def test_subset(voc_folder: FolderFactory) -> None:
     assert len(dataset) == 6
 
 
+def test_only_classes(coco_folder: FolderFactory) -> None:
+    names = ("lynx", "otter", "heron")
+    dataset = open_dataset(coco_folder(images=6, class_names=names), "train+val")
+    kept = dataset.only_classes([2, 0])
+    assert kept.class_names == ("heron", "lynx")
+    assert kept.category_ids == (9, 3)
+    assert (kept.split, kept.path, len(kept)) == (dataset.split, dataset.path, len(dataset))
+    total = 0
+    for before, after in zip(dataset.records, kept.records, strict=True):
+        rows = [row for row, label in enumerate(before.labels) if names[label] != "otter"]
+        assert [kept.class_names[label] for label in after.labels] == [names[before.labels[row]] for row in rows]
+        for field in ("boxes", "difficult", "crowd", "areas"):
+            np.testing.assert_array_equal(getattr(after, field), getattr(before, field)[rows])
+        assert (after.image_id, after.image_path, after.width) == (before.image_id, before.image_path, before.width)
+        total += len(rows)
+    assert 0 < total < sum(len(record.labels) for record in dataset.records)
+    assert dataset.class_names == names, "the data set that was asked is left as it is"
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder") as caught:
         open_dataset(tmp_path / "gone")

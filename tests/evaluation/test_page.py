@@ -305,6 +305,13 @@ def test_a_threshold_of_the_evaluation_above_that_of_the_page(dataset: Detection
     assert "with a score of 0.6 or more" in read(write_page(report, tmp_path)).text
 
 
+def test_classes_left_out_are_said(dataset: DetectionDataset, tmp_path: Path) -> None:
+    nothing = [Detections.empty(dataset.class_names, (r.width, r.height)) for r in dataset.records]
+    report = evaluate_detections(dataset, nothing, settings={"left_out": {"model": ["tv"], "data": ["fox", "owl"]}})
+    assert "left out: 1 of the model, 2 of the data" in read(write_page(report, tmp_path)).text
+    assert "left out" not in read(write_page(evaluate_detections(dataset, nothing), tmp_path)).text
+
+
 def test_a_folder_that_cannot_be_made(dataset: DetectionDataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RefineDetError, match=r"file.*cannot be"):

@@ -265,6 +265,53 @@ def test_same_classes_in_another_order(voc_folder: FolderFactory) -> None:
     assert evaluate(ToldDetector(right_answers(dataset), backwards), folder, split="trainval")["mAP"] == 1
 
 
+@pytest.mark.parametrize("metric", ["voc07", "coco"])
+def test_shared_classes(coco_folder: FolderFactory, tmp_path: Path, metric: Any) -> None:
+    """Data of lynx, airplane and heron, a model of TV, aeroplane and Lynx: aeroplane and lynx count."""
+    names = ("lynx", "airplane", "heron")
+    folder = coco_folder(images=6, class_names=names)
+    dataset = open_dataset(folder, "train+val")
+    model_names = ("tv", "aeroplane", "Lynx")
+    to_model = np.array([2, 1, 0])  # It takes herons for television sets.
+    answers = [
+        replace(found, labels=to_model[found.labels], class_names=model_names) for found in right_answers(dataset)
+    ]
+    model = ToldDetector(answers, model_names)
+    with pytest.raises(RefineDetError, match="the model has 3 classes"):
+        evaluate(model, folder, split="train+val", metric=metric)
+    report = evaluate(model, folder, split="train+val", metric=metric, shared_classes=True)
+    assert report.per_class == {"airplane": 1, "lynx": 1}
+    counting = [names[label] for r in dataset.records for label in r.labels[~r.crowd]]
+    assert report.objects == {name: counting.count(name) for name in ("airplane", "lynx")}
+    assert counting.count("heron") > 0
+    assert report.settings["left_out"] == {"model": ["tv"], "data": ["heron"]}
+    assert "share: 2; left out: 1 of the model, 1 of the data" in report.table()
+    results = json.loads((report.save(tmp_path / "report") / "detections.json").read_text())
+    assert len(results) == sum(int((r.labels != 2).sum()) for r in dataset.records)
+    assert {item["category_id"] for item in results} == {3, 6}
+
+    # An object that the model takes for another shared class is an error of both.
+    swapped = [replace(found, labels=np.array([0, 2, 1])[found.labels]) for found in answers]
+    assert evaluate(ToldDetector(swapped, model_names), dataset, metric=metric, shared_classes=True)["mAP"] < 0.3
+
+
+def test_shared_classes_where_there_are_none(voc_folder: FolderFactory) -> None:
+    dataset = open_dataset(voc_folder(images=2, class_names=NAMES), "trainval")
+    with pytest.raises(RefineDetError, match=r"model has 1 class \(horse\), the data has 2 .* they share none"):
+        evaluate(ToldDetector([], ("horse",)), dataset, shared_classes=True)
+    with pytest.raises(UsageError, match="a submission needs every class"):
+        evaluate(ToldDetector([]), dataset, shared_classes=True, submission="results.zip")
+
+
+def test_shared_classes_of_equal_ones_change_nothing(voc_folder: FolderFactory) -> None:
+    dataset = open_dataset(voc_folder(images=6, class_names=NAMES), "trainval")
+    answers = right_answers(dataset, shift=12)
+    plain = evaluate(ToldDetector(answers), dataset)
+    shared = evaluate(ToldDetector(answers), dataset, shared_classes=True)
+    assert shared.per_class == plain.per_class
+    assert "left out" not in plain.table()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -112,6 +112,28 @@ class DetectionDataset:
         """The same data set with only the records at ``indices``, in that order."""
         return replace(self, records=[self.records[index] for index in indices], problems=list(self.problems))
 
+    def only_classes(self, labels: Sequence[int]) -> DetectionDataset:
+        """The same pictures with the objects of some classes only; pictures that have none stay, as empty ones.
+
+        Args:
+            labels: the classes to keep, different from each other; the i-th of them gets the label i.
+        """
+        new_label = np.full(len(self.class_names), -1, dtype=np.int64)
+        new_label[list(labels)] = np.arange(len(labels))
+        records = []
+        for record in self.records:
+            relabelled = new_label[record.labels]
+            kept = relabelled >= 0
+            objects = {name: getattr(record, name)[kept] for name in ("boxes", "difficult", "crowd", "areas")}
+            records.append(replace(record, labels=relabelled[kept], **objects))
+        return replace(
+            self,
+            records=records,
+            class_names=tuple(self.class_names[label] for label in labels),
+            category_ids=None if self.category_ids is None else tuple(self.category_ids[label] for label in labels),
+            problems=list(self.problems),
+        )
+
 
 def without_objects(record: Record) -> Record:
     """The same picture with nothing known of what is on it."""

@@ -88,7 +88,8 @@ class Report(Mapping[str, float]):
     """Name of the data's folder or file."""
     settings: dict[str, Any]
     """How the detections were made: the model's config, score threshold, batch size, whether and with which passes at
-    several scales, and ``seconds_per_image``, wall time from the file to the detections."""
+    several scales, ``left_out`` (None, or the class names of "model" and "data" that the other lacks), and
+    ``seconds_per_image``, wall time from the file to the detections."""
     curves: dict[str, npt.NDArray[np.float64]] = field(repr=False)
     """Class name to (101,) interpolated precision at recall 0, 0.01, ... 1 and IoU 0.5; classes with objects only."""
     detections: list[Detections] = field(repr=False)
@@ -136,6 +137,12 @@ class Report(Mapping[str, float]):
             f"{'mean':<{width}}  {sum(self.objects.values()):>7}  {_percent(self['mAP'])}  "
             f"({METRICS[self.metric]}{how}; {images})"
         )
+        left_out = self.settings.get("left_out")
+        if left_out:
+            lines.append(
+                f"classes that model and data share: {len(self.per_class)}; left out: "
+                f"{len(left_out['model'])} of the model, {len(left_out['data'])} of the data"
+            )
         if self.metric == "coco":
             for names in (COCO_NAMES[:6], COCO_NAMES[6:]):
                 lines.append("  ".join(f"{name} {_percent(self[name]).strip()}" for name in names))
@@ -209,13 +216,14 @@ def evaluate(
     threads: int = 2,
     threshold: float | None = None,
     multi_scale: bool = False,
+    shared_classes: bool = False,
     submission: str | Path | None = None,
     progress: bool | Progress = False,
 ) -> Report:
     """Run a model over a data set and measure how good its detections are.
 
     Args:
-        model: a ``RefineDet``; its class names must be those of the data.
+        model: a ``RefineDet``; its class names must be those of the data, unless ``shared_classes`` is set.
         data: a folder or file that ``open_dataset`` understands, or a data set already open.
         split: which split of ``data``; of no effect if ``data`` is already open.
         metric: "voc07" (11-point AP of VOC 2007), "voc" (area AP of VOC 2010 and later) or "coco" (the twelve
@@ -228,6 +236,10 @@ def evaluate(
         multi_scale: multi-scale testing with flips and box voting (``evaluation.multiscale``): the passes of the
             paper's "+" rows for a model of 320 or 512 pixels, in COCO's form for "coco", else in VOC's. The network
             sees 32 (VOC) or 40 (COCO) times the pixels of a single scale at 320, 16 or 37 times at 512.
+        shared_classes: measure a model on data of other classes, by those that both have: equal by name but for case,
+            spaces, underscores and hyphens, VOC's and COCO's words for the same thing included (airplane, aeroplane).
+            Objects and detections of any other class are left out. The report has the data's names, in the
+            model's order.
         submission: file for the server of PASCAL VOC (.zip, .tar.gz) or COCO (.zip, .json); see
             ``evaluation.submission``. With it, ``split`` may be one without annotations: then no figure is computed.
         progress: True shows a bar on the terminal; a function is called with (images done, images in all).
@@ -237,11 +249,14 @@ def evaluate(
 
     Raises:
         RefineDetError: a file of the data is bad, no object is there to evaluate against, or the classes of model and
-            data differ.
+            data differ (with ``shared_classes``: have nothing in common).
         UsageError: an unknown metric, a missing folder, a batch size, limit or number of threads below 1, multi-scale
-            testing of a model of another size, or a submission that the data or the metric does not fit.
+            testing of a model of another size, or a submission that the data or the metric does not fit, or that of
+            shared classes only.
     """
     _check_metric(metric)
+    if shared_classes and submission is not None:
+        raise UsageError("a submission needs every class of its server, so it cannot be one of the shared classes only")
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
     runner: Detector = model
@@ -253,9 +268,16 @@ def evaluate(
         runner, passes = several, [str(one) for one in several.passes]
     if isinstance(data, DetectionDataset):
         dataset = data
+    elif shared_classes:
+        dataset = open_dataset(data, split)
     else:
         dataset = _open(data, split, model.class_names, require_annotations=submission is None)
-    _check_class_names(dataset, model.class_names)
+    sharing: _Sharing | None = None
+    if shared_classes:
+        sharing = _share_classes(dataset, model.class_names)
+        dataset = sharing.dataset
+    else:
+        _check_class_names(dataset, model.class_names)
     indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
     # Before the hour of inference, not after it.
     server = None if submission is None else plan_submission(submission, dataset, metric)
@@ -267,6 +289,8 @@ def evaluate(
         runner, dataset, indices, batch_size=batch_size, threads=threads, threshold=threshold, progress=progress
     )
     seconds = time.perf_counter() - began
+    if sharing is not None:
+        detections = {index: sharing.relabel(found) for index, found in detections.items()}
     settings = {
         "model": to_dict(model.config),
         "score_threshold": model.config.inference.score_threshold if threshold is None else threshold,
@@ -274,6 +298,7 @@ def evaluate(
         "limit": limit,
         "multi_scale": multi_scale,
         "passes": passes,
+        "left_out": None if sharing is None else sharing.left_out,
         "seconds_per_image": seconds / max(1, len(indices)),
     }
     if server is not None:
@@ -282,6 +307,49 @@ def evaluate(
     if measurable:
         return evaluate_detections(dataset, detections, metric, settings=settings)
     return _report(dataset, detections, metric, settings)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sharing:
+    """The classes that model and data have in common."""
+
+    dataset: DetectionDataset
+    """The data with these classes only."""
+    new_label: npt.NDArray[np.int64]
+    """(C,) label of each class of the model in that data, -1 if the data lacks it."""
+    left_out: dict[str, list[str]]
+    """Names of "model" and of "data" that the other lacks."""
+
+    def relabel(self, found: Detections) -> Detections:
+        """Detections of the model as detections of the data's classes."""
+        labels = self.new_label[found.labels]
+        kept = labels >= 0
+        return replace(
+            found,
+            boxes=found.boxes[kept],
+            scores=found.scores[kept],
+            labels=labels[kept],
+            class_names=self.dataset.class_names,
+        )
+
+
+def _share_classes(dataset: DetectionDataset, class_names: Sequence[str]) -> _Sharing:
+    from refinedet.weights.transfer import match_classes
+
+    names = dataset.class_names
+    matched = match_classes(class_names, names)
+    shared = list(dict.fromkeys(label for label in matched if label is not None))
+    if not shared:
+        raise RefineDetError(
+            f"{dataset.path}: the model has {_listed(class_names)}, the data has {_listed(names)}; they share none, so "
+            "nothing can be measured"
+        )
+    new_label = [-1 if label is None else shared.index(label) for label in matched]
+    left_out = {
+        "model": [name for name, label in zip(class_names, matched, strict=True) if label is None],
+        "data": [name for label, name in enumerate(names) if label not in shared],
+    }
+    return _Sharing(dataset.only_classes(shared), np.array(new_label, dtype=np.int64), left_out)
 
 
 def collect_detections(
@@ -486,6 +554,8 @@ def _check_class_names(dataset: DetectionDataset, class_names: Sequence[str]) ->
         fix = "open the data with class_names=model.class_names, every object of it is of a class of the model"
     else:
         fix = "evaluate a model that was trained on the classes of the data"
+        if set(of_data) & set(of_model):
+            fix += ", or measure those that both have (--shared-classes)"
     # What only one of them has comes first, or a long list would hide it.
     shared = set(of_data) & set(of_model)
     model_list, data_list = (_listed(sorted(names, key=shared.__contains__)) for names in (of_model, of_data))
