@@ -494,10 +494,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     if report.objects:
         count = len(report.per_class)
         yield "objects", f"{sum(report.objects.values()):,} in {count} class{'es' * (count != 1)}"
-    left_out = settings.get("left_out")
-    if left_out:
-        unknown, unused = (len(left_out[side]) for side in ("data", "model"))
-        yield "classes", f"those that model and data share; left out: {unused} of the model, {unknown} of the data"
+    if report.left_out:
+        yield "classes", f"those that model and data share; left out: {report.left_out}"
     model = settings.get("model") or {}
     if "backbone" in model and "image_size" in model:
         height, width = model["image_size"]

@@ -109,6 +109,12 @@ class Report(Mapping[str, float]):
         """COCO's category id of each label, if the data has such ids."""
         return self.dataset.category_ids
 
+    @property
+    def left_out(self) -> str:
+        """How many classes of model and data the other lacks, in words; empty unless only shared ones were measured."""
+        names = self.settings.get("left_out")
+        return f"{len(names['model'])} of the model, {len(names['data'])} of the data" if names else ""
+
     def __getitem__(self, name: str) -> float:
         """A figure by name."""
         return self.figures[name]
@@ -137,12 +143,8 @@ class Report(Mapping[str, float]):
             f"{'mean':<{width}}  {sum(self.objects.values()):>7}  {_percent(self['mAP'])}  "
             f"({METRICS[self.metric]}{how}; {images})"
         )
-        left_out = self.settings.get("left_out")
-        if left_out:
-            lines.append(
-                f"classes that model and data share: {len(self.per_class)}; left out: "
-                f"{len(left_out['model'])} of the model, {len(left_out['data'])} of the data"
-            )
+        if self.left_out:
+            lines.append(f"classes that model and data share: {len(self.per_class)}; left out: {self.left_out}")
         if self.metric == "coco":
             for names in (COCO_NAMES[:6], COCO_NAMES[6:]):
                 lines.append("  ".join(f"{name} {_percent(self[name]).strip()}" for name in names))
@@ -322,15 +324,8 @@ class _Sharing:
 
     def relabel(self, found: Detections) -> Detections:
         """Detections of the model as detections of the data's classes."""
-        labels = self.new_label[found.labels]
-        kept = labels >= 0
-        return replace(
-            found,
-            boxes=found.boxes[kept],
-            scores=found.scores[kept],
-            labels=labels[kept],
-            class_names=self.dataset.class_names,
-        )
+        kept = found.filter(labels=np.flatnonzero(self.new_label >= 0).tolist())
+        return replace(kept, labels=self.new_label[kept.labels], class_names=self.dataset.class_names)
 
 
 def _share_classes(dataset: DetectionDataset, class_names: Sequence[str]) -> _Sharing:
@@ -549,15 +544,15 @@ def _check_class_names(dataset: DetectionDataset, class_names: Sequence[str]) ->
     of_data, of_model = tuple(dataset.class_names), tuple(class_names)
     if of_data == of_model:
         return
+    shared = set(of_data) & set(of_model)
     used = {of_data[label] for record in dataset.records for label in record.labels.tolist()}
     if used <= set(of_model):
         fix = "open the data with class_names=model.class_names, every object of it is of a class of the model"
     else:
         fix = "evaluate a model that was trained on the classes of the data"
-        if set(of_data) & set(of_model):
+        if shared:
             fix += ", or measure those that both have (--shared-classes)"
     # What only one of them has comes first, or a long list would hide it.
-    shared = set(of_data) & set(of_model)
     model_list, data_list = (_listed(sorted(names, key=shared.__contains__)) for names in (of_model, of_data))
     raise RefineDetError(f"{dataset.path}: the model has {model_list}, the data has {data_list}; {fix}")
 
