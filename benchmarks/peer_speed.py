@@ -17,9 +17,10 @@ from collections.abc import Callable
 import torch
 from torchvision.models.detection import ssd300_vgg16
 
-from refinedet.config import PRESETS, InferenceConfig
+from refinedet.config import InferenceConfig
 from refinedet.detector import RefineDet
 from refinedet.model.postprocess import postprocess
+from refinedet.presets import PRESETS
 
 
 def refinedet(preset: str, device: str) -> Callable[[], object]:

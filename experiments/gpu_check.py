@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from experiments.steps import machine, run_main
-from refinedet.config import get_preset
+from refinedet.device import pick_device
 from refinedet.model.network import Predictions, RefineDetNetwork
-from refinedet.training.distributed import pick_device
+from refinedet.presets import get_preset
 from refinedet.training.loss import RefineDetLoss
 from refinedet.training.matching import Targets
 from refinedet.training.optim import build_optimizer

@@ -18,9 +18,9 @@ import torch
 
 from experiments.pack import pack_note, write_weights
 from experiments.steps import Deadline, add_run_arguments, machine, precision_of, run_main, train_on
-from refinedet.config import get_preset
+from refinedet.device import pick_device
 from refinedet.files import write_text
-from refinedet.training.distributed import pick_device
+from refinedet.presets import get_preset
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

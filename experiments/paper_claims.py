@@ -40,15 +40,16 @@ from experiments.steps import (
     write_results,
 )
 from refinedet.ablations import VARIANTS, variant_of
-from refinedet.config import ModelConfig, Preset, TrainConfig, get_preset
+from refinedet.config import ModelConfig, Preset, TrainConfig
 from refinedet.data.dataset import open_dataset
 from refinedet.detector import read_safetensors
+from refinedet.device import pick_device
+from refinedet.draw import read_curves
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.report import Report, evaluate
 from refinedet.files import write_text
 from refinedet.loggers import METRICS_FILE
-from refinedet.training.distributed import pick_device
-from refinedet.visualize import read_curves
+from refinedet.presets import get_preset
 
 SETTINGS_FILE = "settings.json"
 SSD = "ssd300"

@@ -29,9 +29,10 @@ from experiments.steps import (
     train_on,
     write_results,
 )
-from refinedet.config import Preset, from_dict, get_preset, to_dict
+from refinedet.config import Preset, from_dict, to_dict
 from refinedet.data.dataset import open_dataset
-from refinedet.training.distributed import pick_device
+from refinedet.device import pick_device
+from refinedet.presets import get_preset
 
 TRAIN_SPLIT, HELD_OUT_SPLIT = "train[:80%]", "train[80%:]"
 _ADAMW = {"train.optimizer": "adamw", "train.learning_rate": 5e-4, "train.weight_decay": 0.05}

@@ -32,19 +32,20 @@ from torch import Tensor
 
 from experiments.gpu_check import random_targets
 from experiments.steps import machine, run_main
-from refinedet.config import PRESETS, Preset, get_preset
+from refinedet.config import Preset
 from refinedet.data.dataset import open_dataset
 from refinedet.detector import RefineDet
+from refinedet.device import pick_device
+from refinedet.draw import read_curves
 from refinedet.files import write_text
 from refinedet.loggers import METRICS_FILE
 from refinedet.model.network import Predictions
 from refinedet.model.postprocess import postprocess
+from refinedet.presets import PRESETS, get_preset
 from refinedet.training.batches import training_batches
-from refinedet.training.distributed import pick_device
 from refinedet.training.loss import RefineDetLoss
 from refinedet.training.optim import build_optimizer
 from refinedet.training.trainer import train
-from refinedet.visualize import read_curves
 
 PAPER_FPS = {320: 40.3, 512: 24.1}
 """Batch 1, Titan X (Maxwell), network and post-processing (paper, Table 1), by the side of the input."""

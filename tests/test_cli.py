@@ -15,9 +15,10 @@ from PIL import Image
 import refinedet
 from conftest import FullDisk
 from refinedet import cli
-from refinedet.config import PRESETS, ModelConfig
+from refinedet.config import ModelConfig
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError
+from refinedet.presets import PRESETS
 
 VERBS = ("train", "evaluate", "predict", "inspect", "ablate", "benchmark", "convert", "models")
 EXAMPLES = Path(__file__).parents[1] / "examples"

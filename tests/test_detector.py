@@ -13,11 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import make_scene
-from refinedet.config import PRESETS, InferenceConfig, ModelConfig
+from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.model.postprocess import postprocess
 from refinedet.preprocess import preprocess
+from refinedet.presets import PRESETS
 
 CONFIG = ModelConfig(
     backbone="resnet18", num_classes=2, image_size=(64, 128), tcb_channels=8, tcb_batch_norm=True,

@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refinedet.config import PRESETS
     from refinedet.detections import Detections
     from refinedet.detector import RefineDet
     from refinedet.evaluation.report import evaluate
+    from refinedet.presets import PRESETS
     from refinedet.training.trainer import train
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["PRESETS", "Detections", "RefineDet", "evaluate", "train"]
 
 _HOMES = {
-    "PRESETS": "refinedet.config",
+    "PRESETS": "refinedet.presets",
     "Detections": "refinedet.detections",
     "RefineDet": "refinedet.detector",
     "evaluate": "refinedet.evaluation.report",

@@ -26,9 +26,10 @@ import tyro
 
 import refinedet
 import refinedet.weights
-from refinedet.config import PRESETS, ModelConfig, Preset, TrainConfig, get_preset
+from refinedet.config import ModelConfig, Preset, TrainConfig
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import write_text
+from refinedet.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -427,9 +428,9 @@ def _evaluate(arguments: list[str]) -> int:
 
     from refinedet.data.dataset import list_splits
     from refinedet.detector import RefineDet
+    from refinedet.device import pick_device
     from refinedet.evaluation.page import write_page
     from refinedet.evaluation.report import evaluate
-    from refinedet.training.distributed import pick_device
 
     data = Path(call.data).expanduser()
     split = call.split
@@ -484,7 +485,7 @@ def _predict(arguments: list[str]) -> int:
     if not 0 <= call.threshold <= 1:
         raise UsageError(f"--threshold must be between 0 and 1, not {call.threshold}")
 
-    from refinedet.media import expand_sources
+    from refinedet.images import expand_sources
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
     files = expand_sources(call.images)
@@ -496,7 +497,7 @@ def _predict(arguments: list[str]) -> int:
         _make_folder(call.json.parent)
 
     from refinedet.detector import RefineDet
-    from refinedet.training.distributed import pick_device
+    from refinedet.device import pick_device
 
     model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
     copies = None if call.save is None else _Copies(call.save, files)
@@ -542,7 +543,7 @@ def _batches(
     report_failure: Callable[[Path, RefineDetError], None],
 ) -> Iterator[list[tuple[Path, npt.NDArray[np.uint8]]]]:
     """Images that can be read, ``size`` at a time; the others are reported."""
-    from refinedet.media import read_image
+    from refinedet.images import read_image
 
     batch = []
     for file in files:
@@ -762,7 +763,7 @@ def _benchmark(arguments: list[str]) -> int:
     if call.threads is not None:
         _at_least_one("--threads", call.threads)
 
-    from refinedet.media import read_image
+    from refinedet.images import read_image
 
     image = None if call.image is None else read_image(call.image)
 
@@ -770,7 +771,7 @@ def _benchmark(arguments: list[str]) -> int:
 
     from refinedet.benchmark import measure_speed
     from refinedet.detector import RefineDet
-    from refinedet.training.distributed import pick_device
+    from refinedet.device import pick_device
 
     if call.threads is not None:
         torch.set_num_threads(call.threads)

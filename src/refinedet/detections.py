@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from refinedet import visualize
+from refinedet import draw
 from refinedet.errors import UsageError
 
 
@@ -197,8 +197,8 @@ class Detections:
         )
 
     def draw(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """A copy of the image, (H, W, 3) uint8 RGB, with these detections on it; see ``visualize.draw_boxes``."""
-        return visualize.draw_boxes(image, self.boxes, self.labels, self.class_names, self.scores)
+        """A copy of the image, (H, W, 3) uint8 RGB, with these detections on it; see ``draw.draw_boxes``."""
+        return draw.draw_boxes(image, self.boxes, self.labels, self.class_names, self.scores)
 
 
 def _shortest(values: Any) -> list[float]:

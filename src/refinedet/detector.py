@@ -19,7 +19,7 @@ from refinedet.config import ModelConfig, from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json, write_bytes, write_text
-from refinedet.media import read_image
+from refinedet.images import read_image
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork

@@ -18,7 +18,7 @@ FolderFactory = Callable[..., Path]
 
 
 def test_importing_the_data_layer_leaves_torch_alone() -> None:
-    code = "import sys, refinedet.data, refinedet.media; sys.exit('torch' in sys.modules)"
+    code = "import sys, refinedet.data, refinedet.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,8 +11,8 @@ import pytest
 from experiments.recipe import TRIALS, changed, main, table
 
 from conftest import FolderFactory
-from refinedet.config import get_preset
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.presets import get_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMOKE = get_preset("smoke")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from refinedet.config import PRESETS, AugmentConfig, Preset, TrainConfig
+from refinedet.config import AugmentConfig, Preset, TrainConfig
 from refinedet.data.dataset import open_dataset
 from refinedet.detector import RefineDet
 from refinedet.evaluation.report import evaluate
+from refinedet.presets import PRESETS
 from refinedet.training import trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared_data]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refinedet.config import PRESETS, ModelConfig
+from refinedet.config import ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.model.backbones import ResNet, TimmBackbone, build_backbone, imagenet_state
 from refinedet.model.network import RefineDetNetwork, TransferConnectionBlock, count_parameters
+from refinedet.presets import PRESETS
 
 State = Mapping[str, Tensor]
 OFFICIAL = ModelConfig(

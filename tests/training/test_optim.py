@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from refinedet.config import ModelConfig, TrainConfig, get_preset
+from refinedet.config import ModelConfig, TrainConfig
 from refinedet.model.network import RefineDetNetwork
+from refinedet.presets import get_preset
 from refinedet.training.optim import (
     MovingAverage,
     build_optimizer,

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from refinedet.config import PRESETS, ModelConfig
+from refinedet.config import ModelConfig
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.presets import PRESETS
 from refinedet.weights.caffemodel import read_caffemodel
 from refinedet.weights.importers import Imported, import_weights
 from weights import formats

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from conftest import FolderFactory
-from refinedet.config import PRESETS, ModelConfig, TrainConfig
+from refinedet.config import ModelConfig, TrainConfig
 from refinedet.data.coco import COCO_CLASSES
 from refinedet.data.voc import VOC_CLASSES
 from refinedet.detector import RefineDet
 from refinedet.errors import UsageError
+from refinedet.presets import PRESETS
 from refinedet.training.trainer import train
 from refinedet.weights.transfer import adopt_config, match_classes, transfer_classes
 

@@ -25,7 +25,7 @@ from refinedet.data.dataset import (
 )
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json
-from refinedet.media import read_image_size
+from refinedet.images import read_image_size
 
 COCO_CLASSES = (
     "person",

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.media import read_image
+from refinedet.images import read_image
 
 Layout = Literal["voc", "coco", "yolo"]
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from refinedet.data.dataset import DetectionDataset, Problem, open_dataset
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.media import read_image
+from refinedet.images import read_image
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the sizes of boxes: smallest, 5%, quarter, median, three quarters, 95%, largest."""
@@ -114,7 +114,7 @@ class HealthReport:
             UsageError: no picture can be read, or a number is not positive.
             RefineDetError: the file cannot be written.
         """
-        from refinedet import visualize  # Drawing is not needed to read data.
+        from refinedet import draw  # Drawing is not needed to read data.
 
         if columns < 1 or count < 1:
             raise UsageError(f"a mosaic needs at least 1 column and 1 image, not {columns} and {count}")
@@ -128,8 +128,8 @@ class HealthReport:
             record = self.dataset.records[usable[position]]
             # Resized before drawing, so that lines and names come out sharp.
             image, boxes = _fit(self.dataset.load_image(usable[position]), record.boxes)
-            tiles.append(visualize.draw_boxes(image, boxes, record.labels, self.dataset.class_names))
-        sheet = visualize.mosaic(tiles, columns, cell=_MOSAIC_SIDE)
+            tiles.append(draw.draw_boxes(image, boxes, record.labels, self.dataset.class_names))
+        sheet = draw.mosaic(tiles, columns, cell=_MOSAIC_SIDE)
         try:
             Image.fromarray(sheet).save(path)
         except (OSError, ValueError) as error:

@@ -27,7 +27,7 @@ from refinedet.data.dataset import (
     unknown_split,
 )
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.media import is_image_name, read_image_size
+from refinedet.images import is_image_name, read_image_size
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

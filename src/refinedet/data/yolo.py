@@ -24,7 +24,7 @@ from refinedet.data.dataset import (
     unknown_split,
 )
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.media import is_image_name, read_image_size
+from refinedet.images import is_image_name, read_image_size
 
 _SPLIT_KEYS = ("train", "val", "test")
 _USUAL_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from refinedet.data.dataset import Record
 from refinedet.detections import Detections
+from refinedet.draw import draw_boxes, read_curves
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.charts import Line, line_chart
 from refinedet.evaluation.diagnosis import (
@@ -36,7 +37,6 @@ from refinedet.evaluation.diagnosis import (
 from refinedet.evaluation.metrics import CURVE_RECALLS
 from refinedet.evaluation.report import METRICS, Report
 from refinedet.files import write_atomically, write_text
-from refinedet.visualize import draw_boxes, read_curves
 
 PAGE_FILE = "index.html"
 IMAGE_FOLDER = "images"

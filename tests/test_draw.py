@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from refinedet.draw import class_color, draw_boxes, mosaic, plot_curves
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.visualize import class_color, draw_boxes, mosaic, plot_curves
 
 NAMES = ("cat", "a class with quite a long name")
 

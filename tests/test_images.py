@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.media import expand_sources, is_image_name, read_image, read_image_size
+from refinedet.images import expand_sources, is_image_name, read_image, read_image_size
 
 Pixels = npt.NDArray[np.uint8]
 
