@@ -27,7 +27,8 @@ from PIL import Image
 
 from experiments.steps import run_main
 from refinedet.config import load_json, save_json
-from refinedet.data.dataset import DetectionDataset, Record, open_dataset
+from refinedet.data.layouts import open_dataset
+from refinedet.data.records import DetectionDataset, Record
 from refinedet.data.voc import find_folders
 from refinedet.detector import WEIGHTS_FILE, RefineDet
 from refinedet.errors import RefineDetError, UsageError

@@ -41,7 +41,7 @@ from experiments.steps import (
 )
 from refinedet.ablations import VARIANTS, variant_of
 from refinedet.config import ModelConfig, Preset, TrainConfig
-from refinedet.data.dataset import open_dataset
+from refinedet.data.layouts import open_dataset
 from refinedet.detector import read_safetensors
 from refinedet.device import pick_device
 from refinedet.draw import read_curves

@@ -30,7 +30,7 @@ from experiments.steps import (
     write_results,
 )
 from refinedet.config import Preset, from_dict, to_dict
-from refinedet.data.dataset import open_dataset
+from refinedet.data.layouts import open_dataset
 from refinedet.device import pick_device
 from refinedet.presets import get_preset
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from experiments.gpu_check import random_targets
 from experiments.steps import machine, run_main
 from refinedet.config import Preset
-from refinedet.data.dataset import open_dataset
+from refinedet.data.layouts import open_dataset
 from refinedet.detector import RefineDet
 from refinedet.device import pick_device
 from refinedet.draw import read_curves

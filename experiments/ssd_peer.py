@@ -20,7 +20,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 
 from refinedet.config import ModelConfig, TrainConfig
-from refinedet.data.dataset import DetectionDataset
+from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.loggers import METRICS_FILE, ConsoleLogger, CsvLogger, LoggerGroup

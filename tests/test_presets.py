@@ -11,7 +11,7 @@ import torch
 from conftest import FolderFactory
 from refinedet import cli
 from refinedet.config import TrainConfig
-from refinedet.data.dataset import open_dataset
+from refinedet.data.layouts import open_dataset
 from refinedet.model.network import RefineDetNetwork, count_parameters
 from refinedet.presets import PRESETS
 from refinedet.training.optim import learning_rate_at

@@ -426,7 +426,7 @@ def _evaluate(arguments: list[str]) -> int:
     if call.limit is not None:
         _at_least_one("--limit", call.limit)
 
-    from refinedet.data.dataset import list_splits
+    from refinedet.data.layouts import list_splits
     from refinedet.detector import RefineDet
     from refinedet.device import pick_device
     from refinedet.evaluation.page import write_page
@@ -699,8 +699,7 @@ def _convert(arguments: list[str]) -> int:
     # Of a detector, the file decides the number of classes; of a backbone, the names do.
     wanted = dataclasses.replace(preset.model, num_classes=len(given)) if given else preset.model
 
-    from refinedet.data.coco import COCO_CLASSES
-    from refinedet.data.voc import VOC_CLASSES
+    from refinedet.data.classes import COCO_CLASSES, VOC_CLASSES
     from refinedet.detector import RefineDet
     from refinedet.weights.importers import import_card, import_weights
 

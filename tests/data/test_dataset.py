@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refinedet.data import Problem, detect_layout, list_splits, open_dataset
-from refinedet.data.dataset import ProblemLog, Record, build_record
+from refinedet.data import Problem, detect_layout, list_splits, open_dataset, open_joined
+from refinedet.data.problems import CLIPPED, NO_AREA, OUTSIDE, SWAPPED, ProblemLog, count_kinds
+from refinedet.data.records import BoxRules, Record, RecordBuilder
 from refinedet.errors import UsageError
 
 FolderFactory = Callable[..., Path]
@@ -36,7 +40,7 @@ def test_the_three_layouts_agree(
     voc_folder: FolderFactory, coco_folder: FolderFactory, yolo_folder: FolderFactory
 ) -> None:
     voc, coco, yolo = (open_dataset(make(), "train", ["cat", "dog"]) for make in (voc_folder, coco_folder, yolo_folder))
-    assert [d.format for d in (voc, coco, yolo)] == ["voc", "coco", "yolo"]
+    assert [d.layout for d in (voc, coco, yolo)] == ["voc", "coco", "yolo"]
     assert len(voc) == len(coco) == len(yolo) == 3
     for index in range(3):
         first = voc[index]
@@ -166,7 +170,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_known_layout(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not a data set: found neither"):
+    with pytest.raises(UsageError, match="not a dataset: found none of"):
         open_dataset(tmp_path)
     (tmp_path / "labels").mkdir()
     with pytest.raises(UsageError, match=r"no data\.yaml"):
@@ -175,7 +179,7 @@ def test_folder_without_a_known_layout(tmp_path: Path) -> None:
 
 def test_file_that_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("")
-    with pytest.raises(UsageError, match="a data set is a folder"):
+    with pytest.raises(UsageError, match="a dataset is a folder"):
         open_dataset(tmp_path / "photo.jpg")
 
 
@@ -202,18 +206,10 @@ def test_unknown_split_lists_the_known_ones(
 
 def build(boxes: list[list[float]], min_side: float = 0.0, tolerance: float = 0.0) -> tuple[Record, list[Problem]]:
     log = ProblemLog(strict=True)
-    record = build_record(
-        image_path=Path("a.jpg"),
-        image_id="a",
-        size=(100, 50),
-        boxes=boxes,
-        labels=list(range(len(boxes))),
-        annotation_path=Path("a.xml"),
-        describe=lambda index: f"object {index}",
-        log=log,
-        min_side=min_side,
-        tolerance=tolerance,
-    )
+    builder = RecordBuilder(Path("a.jpg"), "a", (100, 50), Path("a.xml"), log, BoxRules(min_side, tolerance))
+    for label, box in enumerate(boxes):
+        builder.add(box, label, partial("object {}".format, label))
+    record = builder.build()
     return record, log.problems
 
 
@@ -239,6 +235,7 @@ def test_boxes_are_clipped_and_dropped_with_a_word() -> None:
         "object 3 has no area; dropped",
         "object 4 has no area (its corners are swapped); dropped",
     ]
+    assert [problem.kind for problem in problems] == [CLIPPED, OUTSIDE, NO_AREA, SWAPPED]
     assert not any(problem.fatal for problem in problems)
 
 
@@ -265,3 +262,54 @@ def test_pictures_without_any_annotation_are_no_data_set(voc_folder: FolderFacto
         file.unlink()
     with pytest.raises(UsageError, match="has no images"):
         open_dataset(root, strict=strict)
+
+
+def test_what_was_repaired_is_counted_by_kind_the_commonest_first(voc_folder: FolderFactory) -> None:
+    root = voc_folder(images=3)
+    assert open_dataset(root).repaired() is None
+    for name in ("000000", "000001"):
+        file = root / "Annotations" / f"{name}.xml"
+        text = file.read_text().replace("<annotation>", "<annotation><object><name>cat</name></object>", 1)
+        file.write_text(re.sub(r"<xmax>\d+</xmax>", "<xmax>97</xmax>", text))
+    dataset = open_dataset(root)
+    assert dataset.repaired() == "3 boxes clipped to their images, 2 objects without a box dropped"
+    assert count_kinds(dataset.problems)[0] == (CLIPPED, 3)
+    (root / "Annotations" / "000002.xml").unlink()
+    line = open_dataset(root).repaired()
+    assert line is not None
+    assert line.endswith(", 1 image without an annotation left out")
+
+
+def test_a_digest_follows_the_content_and_not_the_place(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    root = voc_folder(images=3)
+    digest = open_dataset(root).digest()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    copy = tmp_path / "else" / "where"
+    shutil.copytree(root, copy)
+    assert open_dataset(copy).digest() == digest
+    assert open_dataset(copy, class_names=["dog", "cat"]).digest() != digest
+    assert open_dataset(copy, "train").digest() != digest
+    file = copy / "Annotations" / "000001.xml"
+    text = file.read_text()
+    for changed in (
+        re.sub(r"<xmin>(\d+)</xmin>", lambda m: f"<xmin>{int(m[1]) + 1}</xmin>", text),
+        text.replace("<width>96<", "<width>97<"),
+        text.replace("<name>dog<", "<name>cat<", 1),
+    ):
+        assert changed != text
+        file.write_text(changed)
+        assert open_dataset(copy, class_names=["cat", "dog"]).digest() != digest
+    file.write_text(text)
+    (copy / "JPEGImages" / "000001.jpg").rename(copy / "JPEGImages" / "9.jpg")
+    file.rename(copy / "Annotations" / "9.xml")
+    assert open_dataset(copy).digest() != digest
+
+
+def test_several_datasets_are_joined(voc_folder: FolderFactory, yolo_folder: FolderFactory) -> None:
+    voc, yolo = voc_folder(images=4), yolo_folder(images=4)
+    joined = open_joined([voc, yolo], "train")
+    assert len(joined) == 4
+    assert len({record.image_id for record in joined.records}) == 4
+    assert [record.image_path.is_relative_to(yolo) for record in joined.records] == [False, False, True, True]
+    with pytest.raises(UsageError, match="its classes differ from those of"):
+        open_joined([voc, voc_folder(name="other", class_names=("cat", "emu"))], "train")

@@ -19,7 +19,7 @@ def test_counts_against_a_slow_loop(voc_folder: FolderFactory) -> None:
     root = voc_folder(images=12, class_names=("ant", "bee", "fly"))
     report = inspect_dataset(root)
     dataset = open_dataset(root)
-    assert (report.images, report.format, report.split) == (12, "voc", None)
+    assert (report.images, report.layout, report.split) == (12, "voc", None)
     assert report.images_without_objects == 1
     assert report.boxes == sum(len(record.labels) for record in dataset.records)
     for label, count in enumerate(report.classes):

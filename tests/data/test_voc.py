@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from refinedet.data import open_dataset
-from refinedet.data.voc import VOC_CLASSES
+from refinedet.data.classes import VOC_CLASSES
 from refinedet.errors import RefineDetError, UsageError
 
 FolderFactory = Callable[..., Path]

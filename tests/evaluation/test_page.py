@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refinedet.data.dataset import DetectionDataset, open_dataset
+from refinedet.data.layouts import open_dataset
+from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError
 from refinedet.evaluation import page as page_module
@@ -160,15 +161,16 @@ def test_counts_of_errors_by_hand(dataset: DetectionDataset, tmp_path: Path) -> 
 
 def test_pictures_show_what_is_wrong(tmp_path: Path) -> None:
     """A black picture with boxes in yellow (missed), blue (found), gray (does not count) and magenta (wrong)."""
-    from refinedet.data.dataset import ProblemLog, build_record
+    from refinedet.data.problems import ProblemLog
+    from refinedet.data.records import RecordBuilder
 
     file = tmp_path / "a.png"
     Image.new("RGB", (1280, 640), (0, 0, 0)).save(file)
     boxes = [(20, 100, 300, 300), (400, 100, 700, 300), (20, 400, 300, 600)]
-    record = build_record(
-        image_path=file, image_id="a", size=(1280, 640), boxes=boxes, labels=[0, 0, 0], difficult=[False, False, True],
-        annotation_path=file, describe=str, log=ProblemLog(strict=True),
-    )  # fmt: skip
+    builder = RecordBuilder(file, "a", (1280, 640), file, ProblemLog(strict=True))
+    for box, difficult in zip(boxes, [False, False, True], strict=True):
+        builder.add(box, 0, describe=str, difficult=difficult)
+    record = builder.build()
     dataset = DetectionDataset([record], ("otter",), "voc", None, tmp_path)
     found = Detections([boxes[1], (900, 100, 1200, 300)], [0.9, 0.8], [0, 0], ("otter",), (1280, 640))
     reader = read(write_page(report_of(dataset, [found]), tmp_path / "page"))

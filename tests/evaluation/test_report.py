@@ -16,7 +16,8 @@ import numpy.typing as npt
 import pytest
 
 from refinedet.config import ModelConfig
-from refinedet.data.dataset import DetectionDataset, Record, open_dataset
+from refinedet.data.layouts import open_dataset
+from refinedet.data.records import DetectionDataset, Record
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation import report as report_module

@@ -18,7 +18,7 @@ from PIL import Image
 from refinedet import RefineDet, cli, evaluate
 from refinedet.config import ModelConfig
 from refinedet.data import list_splits, open_dataset
-from refinedet.data.dataset import detect_layout
+from refinedet.data.layouts import detect_layout
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.metrics import voc_average_precision

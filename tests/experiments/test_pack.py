@@ -10,7 +10,7 @@ import pytest
 from conftest import FolderFactory
 from experiments import pack
 from refinedet.config import ModelConfig
-from refinedet.data.dataset import open_dataset
+from refinedet.data.layouts import open_dataset
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 

@@ -16,7 +16,7 @@ from torchvision.models.detection.ssd import SSD
 from conftest import FolderFactory
 from experiments import ssd_peer
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
-from refinedet.data.dataset import open_dataset
+from refinedet.data.layouts import open_dataset
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.report import evaluate
 from refinedet.training.matching import Targets

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from refinedet.config import AugmentConfig, Preset, TrainConfig
-from refinedet.data.dataset import open_dataset
+from refinedet.data.layouts import open_dataset
 from refinedet.detector import RefineDet
 from refinedet.evaluation.report import evaluate
 from refinedet.presets import PRESETS

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data import open_dataset
-from refinedet.data.dataset import DetectionDataset
+from refinedet.data.records import DetectionDataset
 from refinedet.preprocess import normalize, resize
 from refinedet.training.batches import Batch, Draw, EndlessOrder, training_batches
 

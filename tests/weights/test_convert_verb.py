@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from refinedet import cli
-from refinedet.data.coco import COCO_CLASSES
-from refinedet.data.voc import VOC_CLASSES
+from refinedet.data.classes import COCO_CLASSES, VOC_CLASSES
 from refinedet.detector import RefineDet
 from weights import formats
 

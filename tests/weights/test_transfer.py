@@ -8,13 +8,12 @@ import torch
 
 from conftest import FolderFactory
 from refinedet.config import ModelConfig, TrainConfig
-from refinedet.data.coco import COCO_CLASSES
-from refinedet.data.voc import VOC_CLASSES
+from refinedet.data.classes import COCO_CLASSES, VOC_CLASSES, match_classes
 from refinedet.detector import RefineDet
 from refinedet.errors import UsageError
 from refinedet.presets import PRESETS
 from refinedet.training.trainer import train
-from refinedet.weights.transfer import adopt_config, match_classes, transfer_classes
+from refinedet.weights.transfer import adopt_config, transfer_classes
 
 OFFICIAL_MAP = {
     0: 0, 5: 1, 2: 2, 15: 3, 9: 4, 40: 5, 6: 6, 3: 7, 16: 8, 57: 9, 20: 10, 61: 11, 17: 12, 18: 13, 4: 14, 1: 15,

@@ -1,18 +1,14 @@
-"""Data sets: reading VOC, COCO and YOLO folders, and checking their health. Importing this never imports torch."""
+"""Datasets: reading VOC, COCO and YOLO folders, and checking their health. Importing this never imports torch."""
 
 from __future__ import annotations
 
-from refinedet.data.dataset import (
-    DetectionDataset,
-    Problem,
-    Record,
-    detect_layout,
-    list_splits,
-    open_dataset,
-)
 from refinedet.data.health import HealthReport, inspect_dataset
+from refinedet.data.layouts import LAYOUTS, detect_layout, list_splits, open_dataset, open_joined
+from refinedet.data.problems import Problem
+from refinedet.data.records import DetectionDataset, Record
 
 __all__ = [
+    "LAYOUTS",
     "DetectionDataset",
     "HealthReport",
     "Problem",
@@ -21,4 +17,5 @@ __all__ = [
     "inspect_dataset",
     "list_splits",
     "open_dataset",
+    "open_joined",
 ]

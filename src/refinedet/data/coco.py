@@ -9,111 +9,36 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from refinedet.data.dataset import (
-    DetectionDataset,
+from refinedet.data.problems import (
+    NO_BOX,
+    NO_SIZE,
     FaultyFileError,
     ProblemLog,
-    Record,
-    build_record,
     shorten,
     unknown_class,
     unknown_split,
+)
+from refinedet.data.records import (
+    BoxRules,
+    DetectionDataset,
+    Layout,
+    ReadRequest,
+    Record,
+    RecordBuilder,
     without_objects,
 )
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json
 from refinedet.images import read_image_size
 
-COCO_CLASSES = (
-    "person",
-    "bicycle",
-    "car",
-    "motorcycle",
-    "airplane",
-    "bus",
-    "train",
-    "truck",
-    "boat",
-    "traffic light",
-    "fire hydrant",
-    "stop sign",
-    "parking meter",
-    "bench",
-    "bird",
-    "cat",
-    "dog",
-    "horse",
-    "sheep",
-    "cow",
-    "elephant",
-    "bear",
-    "zebra",
-    "giraffe",
-    "backpack",
-    "umbrella",
-    "handbag",
-    "tie",
-    "suitcase",
-    "frisbee",
-    "skis",
-    "snowboard",
-    "sports ball",
-    "kite",
-    "baseball bat",
-    "baseball glove",
-    "skateboard",
-    "surfboard",
-    "tennis racket",
-    "bottle",
-    "wine glass",
-    "cup",
-    "fork",
-    "knife",
-    "spoon",
-    "bowl",
-    "banana",
-    "apple",
-    "sandwich",
-    "orange",
-    "broccoli",
-    "carrot",
-    "hot dog",
-    "pizza",
-    "donut",
-    "cake",
-    "chair",
-    "couch",
-    "potted plant",
-    "bed",
-    "dining table",
-    "toilet",
-    "tv",
-    "laptop",
-    "mouse",
-    "remote",
-    "keyboard",
-    "cell phone",
-    "microwave",
-    "oven",
-    "toaster",
-    "sink",
-    "refrigerator",
-    "book",
-    "clock",
-    "vase",
-    "scissors",
-    "teddy bear",
-    "hair drier",
-    "toothbrush",
-)
-"""The 80 classes of COCO detection in the order of their category ids."""
 ROBOFLOW_NAME = "_annotations.coco.json"
 _OTHER_TASKS = ("captions_", "image_info_", "panoptic_", "stuff_", "person_keypoints_")
-_ROUNDING = 0.5
-"""Pixels by which COCO's rounded boxes may reach outside their image without a word."""
+_RULES = BoxRules(tolerance=0.5)
+"""COCO's boxes are rounded, so they may reach outside their image by half a pixel without a word."""
 
 
 _IMAGES_ONLY = "image_info_"
@@ -147,29 +72,25 @@ def list_splits(path: Path) -> tuple[str, ...]:
     return tuple(sorted(find_annotation_files(path)))
 
 
-def read_coco(
-    path: Path,
-    split: str | None,
-    class_names: Sequence[str] | None,
-    log: ProblemLog,
-    *,
-    require_annotations: bool = True,
-) -> DetectionDataset:
+def read_coco(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
     """Read a COCO folder or one of its JSON files.
 
+    Where no annotations are required, files without "annotations" are read as well, and class names that the file lacks
+    are refused.
+
     Args:
-        path: a folder for which ``find_annotation_files`` finds something, or a JSON file.
-        split: "train2017" ("train" will do where that is unambiguous), several joined by "+", or None for all.
-        class_names: names in label order, or None for the file's, by ascending category id. A given name that the
-            file lacks gets an unused category id.
+        request: a folder for which ``find_annotation_files`` finds something, or a JSON file; a split such as
+            "train2017" ("train" will do where that is unambiguous), several joined by "+", or None for all; class names
+            in label order, or None for the file's, by ascending category id. A given name that the file lacks gets an
+            unused category id.
         log: receives the problems.
-        require_annotations: False also reads files without "annotations" and refuses names that the file lacks.
 
     Raises:
         UsageError: unknown split, splits that cannot be joined because their categories or image ids clash, or that
             only list pictures where annotations are required.
         RefineDetError: (strict) a file that cannot be used.
     """
+    path, split, class_names = request.path, request.split, request.class_names
     files = find_annotation_files(path)
     if split is not None or not files:
         files = find_annotation_files(path, unannotated=True)
@@ -182,7 +103,7 @@ def read_coco(
         file = files[name]
         document = _read_document(file)
         if "annotations" not in document:
-            if require_annotations:
+            if request.require_annotations:
                 raise UsageError(
                     f"{file}: lists images without 'annotations', so nothing can be learnt or measured; "
                     "'refinedet evaluate --submission FILE' writes results for its server"
@@ -195,7 +116,7 @@ def read_coco(
             )
         categories = own
         strange = [name for name in class_names or () if name not in own.values()]
-        if strange and not require_annotations:
+        if strange and not request.require_annotations:
             raise UsageError(
                 f"{file}: has no category '{strange[0]}', which is a class of the model; use a model of its categories"
             )
@@ -323,7 +244,7 @@ def _read_records(
             log.fatal(error)
             continue
         if entry.get("bbox") is None:
-            log.note(file, f"annotation {entry.get('id')} has no 'bbox'; dropped")
+            log.note(file, f"annotation {entry.get('id')} has no 'bbox'; dropped", NO_BOX)
         else:
             objects[entry["image_id"]].append(entry)
     if not images:
@@ -423,30 +344,26 @@ def _to_record(
             width, height = read_image_size(image_path)
         except RefineDetError as error:
             raise FaultyFileError(file, f"image {image['id']} has no size, and {error}") from None
-        log.note(file, f"image {image['id']} has no size; {width}x{height} taken from {image['file_name']}")
+        log.note(file, f"image {image['id']} has no size; {width}x{height} taken from {image['file_name']}", NO_SIZE)
 
-    def describe(row: int) -> str:
-        entry = entries[row]
+    builder = RecordBuilder(image_path, image["id"], (width, height), file, log, _RULES)
+    for entry in entries:
         x, y, w, h = entry["bbox"]
-        name = categories[entry["category_id"]]
-        return f"{image['file_name']}, annotation {entry.get('id')} ({name}): box x={x:g} y={y:g} w={w:g} h={h:g}"
+        builder.add(
+            (x, y, x + w, y + h),
+            label_of[entry["category_id"]],
+            partial(_describe, image["file_name"], entry, categories),
+            crowd=bool(entry.get("iscrowd", 0)),
+            area=w * h if entry.get("area") is None else entry["area"],
+        )
+    return builder.build()
 
-    boxes = [(x, y, x + w, y + h) for x, y, w, h in (entry["bbox"] for entry in entries)]
-    return build_record(
-        image_path=image_path,
-        image_id=image["id"],
-        size=(width, height),
-        boxes=boxes,
-        labels=[label_of[entry["category_id"]] for entry in entries],
-        crowd=[bool(entry.get("iscrowd", 0)) for entry in entries],
-        areas=[
-            entry["bbox"][2] * entry["bbox"][3] if entry.get("area") is None else entry["area"] for entry in entries
-        ],
-        annotation_path=file,
-        describe=describe,
-        log=log,
-        tolerance=_ROUNDING,
-    )
+
+def _describe(file_name: str, entry: dict[str, Any], categories: dict[int, str]) -> str:
+    """The annotation as it stands in the file."""
+    x, y, w, h = entry["bbox"]
+    name = categories[entry["category_id"]]
+    return f"{file_name}, annotation {entry.get('id')} ({name}): box x={x:g} y={y:g} w={w:g} h={h:g}"
 
 
 def _cut(value: object) -> str:
@@ -462,3 +379,19 @@ def _is_int(value: object) -> TypeGuard[int]:
 def _is_number(value: object) -> bool:
     # The comparison is also False for NaN and infinity, which Python's json accepts, and safe for integers of any size.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
+
+
+def _recognises(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix.lower() == ".json"
+    return bool(find_annotation_files(path, unannotated=True))
+
+
+LAYOUT = Layout(
+    name="coco",
+    evidence=f"annotations/*.json or */{ROBOFLOW_NAME}",
+    recognises=_recognises,
+    splits=list_splits,
+    read=read_coco,
+    server="coco",
+)

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from refinedet.data.dataset import DetectionDataset, Problem, open_dataset
+from refinedet.data.layouts import open_dataset
+from refinedet.data.problems import REPEATED, UNREADABLE, Problem
+from refinedet.data.records import DetectionDataset
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import read_image
 
@@ -41,8 +43,8 @@ class HealthReport:
 
     path: Path
     """The data set."""
-    format: str
-    """voc, coco or yolo."""
+    layout: str
+    """Name of the layout of the files, such as "voc"."""
     split: str | None
     """None: everything."""
     images: int
@@ -75,7 +77,7 @@ class HealthReport:
 
     def render(self, max_problems: int | None = None) -> str:
         """The report as text; after ``max_problems`` the rest of the problems is only counted."""
-        title = f"{self.path} ({self.format}, {'all images' if self.split is None else 'split ' + self.split})"
+        title = f"{self.path} ({self.layout}, {'all images' if self.split is None else 'split ' + self.split})"
         lines = [
             title,
             f"images             {self.images:>8}",
@@ -164,21 +166,23 @@ def inspect_dataset(
             read_image(record.image_path, size=(record.width, record.height))
         except RefineDetError as error:
             unreadable.append(record.image_path)
-            problems.append(Problem(record.image_path, str(error).removeprefix(f"{record.image_path}: "), fatal=True))
+            reason = str(error).removeprefix(f"{record.image_path}: ")
+            problems.append(Problem(record.image_path, reason, fatal=True, kind=UNREADABLE))
         rows = np.concatenate([record.boxes, record.labels[:, None].astype(np.float32)], axis=1)
         kinds, counts = np.unique(rows, axis=0, return_counts=True)
         for kind, times in zip(kinds[counts > 1], counts[counts > 1], strict=True):
             duplicates += int(times) - 1
             corners = ",".join(f"{value:g}" for value in kind[:4])
             name = dataset.class_names[int(kind[4])]
-            problems.append(Problem(record.image_path, f"{times} times the same box {corners} ({name})", fatal=False))
+            message = f"{times} times the same box {corners} ({name})"
+            problems.append(Problem(record.image_path, message, fatal=False, kind=REPEATED))
         if progress is not None:
             progress(index + 1, len(dataset))
     sizes = [(record.width, record.height) for record in dataset.records]
     relative = _relative_sizes(dataset)
     return HealthReport(
         path=dataset.path,
-        format=dataset.format,
+        layout=dataset.layout,
         split=dataset.split,
         images=len(dataset),
         boxes=sum(len(record.labels) for record in dataset.records),

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import ParseError
@@ -17,44 +18,26 @@ from xml.etree.ElementTree import ParseError
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
-from refinedet.data.dataset import (
-    DetectionDataset,
+from refinedet.data.classes import VOC_CLASSES
+from refinedet.data.problems import (
+    LISTED_TWICE,
+    NAME_DIFFERS,
+    NO_ANNOTATION,
+    NO_BOX,
+    NO_SIZE,
     FaultyFileError,
     ProblemLog,
-    Record,
-    build_record,
     unknown_class,
     unknown_split,
 )
+from refinedet.data.records import BoxRules, DetectionDataset, Layout, ReadRequest, Record, RecordBuilder
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import is_image_name, read_image_size
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
-
-VOC_CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
-"""The 20 classes of PASCAL VOC in label order, which is the alphabet's."""
+_RULES = BoxRules(min_side=1.0)
+"""Inclusive corners that coincide would be one pixel: a stray click of the annotator, never an object."""
 
 
 @dataclass(frozen=True)
@@ -115,37 +98,31 @@ def list_splits(path: Path) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if "_" not in name or name.rsplit("_", 1)[1] not in names))
 
 
-def read_voc(
-    path: Path,
-    split: str | None,
-    class_names: Sequence[str] | None,
-    log: ProblemLog,
-    *,
-    require_annotations: bool = True,
-) -> DetectionDataset:
+def read_voc(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
     """Read a VOCdevkit or a VOC folder.
 
     Without ``class_names`` the classes are those of all annotations of all folders in alphabetical order, so that the
     splits agree; for folders called VOC2007 and the like they are the 20 of VOC if there are no others.
 
+    Where no annotations are required, a split that has not all of them is read without any. VOC 2012 test is such a
+    split: it comes with a few XML files, which are for another task.
+
     Args:
-        path: a folder for which ``find_folders`` finds something.
-        split: "train", "train+val", "2007:trainval+2012:trainval", or None for every annotation.
-        class_names: names in label order, or None.
+        request: a path for which ``find_folders`` finds something; a split such as "train", "train+val",
+            "2007:trainval+2012:trainval", or None for every annotation.
         log: receives the problems.
-        require_annotations: False reads a split that has not all of its annotations without any of them. VOC 2012
-            test is such a one: it comes with a few XML files, which are for another task.
 
     Raises:
         UsageError: unknown or empty split.
         RefineDetError: (strict) a file that cannot be used.
     """
+    path, split, class_names = request.path, request.split, request.class_names
     folders = find_folders(path)
-    if require_annotations:
+    if request.require_annotations:
         # Beside annotated years, the pictures of a test set are nobody's concern here.
         folders = [folder for folder in folders if folder.annotations.is_dir()] or folders
     selection = _select(path, folders, split, log)
-    if not require_annotations:
+    if not request.require_annotations:
         if split is None and not any(selection):
             selection = [sorted(_images_by_stem(folder.images)) for folder in folders]
         pairs = list(zip(folders, selection, strict=True))
@@ -198,7 +175,7 @@ def read_voc(
             for stem in sorted(images.keys() - set(stems)):
                 for name in images[stem]:
                     if folder.images / name not in used:
-                        log.note(folder.images / name, "image has no annotation; left out")
+                        log.note(folder.images / name, "image has no annotation; left out", NO_ANNOTATION)
     return DetectionDataset(records, classes, "voc", split, path)
 
 
@@ -222,16 +199,7 @@ def _read_pictures(
                 except RefineDetError as error:
                     raise FaultyFileError(image_path, str(error).removeprefix(f"{image_path}: ")) from None
                 image_id = f"{folder.year}_{stem}" if stem in seen else stem
-                record = build_record(
-                    image_path=image_path,
-                    image_id=image_id,
-                    size=size,
-                    boxes=[],
-                    labels=[],
-                    annotation_path=image_path,
-                    describe=str,
-                    log=log,
-                )
+                record = RecordBuilder(image_path, image_id, size, image_path, log).build()
             except FaultyFileError as error:
                 log.fatal(error)
                 continue
@@ -323,7 +291,7 @@ def _read_split(path: Path, folder: VocFolder, log: ProblemLog) -> list[str]:
         if stem not in annotated and is_image_name(stem):
             stem = Path(stem).stem
         if stem in stems:
-            log.note(path, f"'{stem}' is listed twice; read once")
+            log.note(path, f"'{stem}' is listed twice; read once", LISTED_TWICE)
         stems[stem] = None
     return list(stems)
 
@@ -398,32 +366,21 @@ def _to_record(
             size = read_image_size(image_path)
         except RefineDetError as error:
             raise FaultyFileError(path, f"gives no image size, and {error}") from None
-        log.note(path, f"gives no image size; {size[0]}x{size[1]} taken from {image_path.name}")
-    numbers, kept = [], []
+        log.note(path, f"gives no image size; {size[0]}x{size[1]} taken from {image_path.name}", NO_SIZE)
+    builder = RecordBuilder(image_path, image_id, size, path, log, _RULES)
     for index, item in enumerate(annotation.objects, start=1):
         if item.box is None:
-            log.note(path, f"object {index} ({item.name}) has no <bndbox>; dropped")
+            log.note(path, f"object {index} ({item.name}) has no <bndbox>; dropped", NO_BOX)
         else:
-            numbers.append(index)
-            kept.append((item.name, item.box, item.difficult))
+            builder.add(item.box, label_of[item.name], partial(_describe, index, item), difficult=item.difficult)
+    return builder.build()
 
-    def describe(row: int) -> str:
-        name, (x1, y1, x2, y2), _ = kept[row]
-        return f"object {numbers[row]} ({name}): box xmin={x1 + 1:g} ymin={y1 + 1:g} xmax={x2:g} ymax={y2:g}"
 
-    return build_record(
-        image_path=image_path,
-        image_id=image_id,
-        size=size,
-        boxes=[box for _, box, _ in kept],
-        labels=[label_of[name] for name, _, _ in kept],
-        difficult=[flag for _, _, flag in kept],
-        annotation_path=path,
-        describe=describe,
-        log=log,
-        # Inclusive corners that coincide would be one pixel: a stray click of the annotator, never an object.
-        min_side=1.0,
-    )
+def _describe(index: int, item: _Object) -> str:
+    """The object as it stands in the file."""
+    assert item.box is not None
+    x1, y1, x2, y2 = item.box
+    return f"object {index} ({item.name}): box xmin={x1 + 1:g} ymin={y1 + 1:g} xmax={x2:g} ymax={y2:g}"
 
 
 def _find_image(annotation: _Annotation, folder: VocFolder, images: dict[str, list[str]], log: ProblemLog) -> str:
@@ -435,13 +392,33 @@ def _find_image(annotation: _Annotation, folder: VocFolder, images: dict[str, li
     if candidates:
         said = Path(filename).stem if is_image_name(filename) else filename
         if filename and said != stem:
-            log.note(annotation.path, f"<filename> is '{filename}'; {candidates[0]} is used, which has the same stem")
+            log.note(
+                annotation.path,
+                f"<filename> is '{filename}'; {candidates[0]} is used, which has the same stem",
+                NAME_DIFFERS,
+            )
         return candidates[0]
     if filename and filename in images.get(Path(filename).stem, []):
-        log.note(annotation.path, f"no image has the stem '{stem}'; {filename} is used, as <filename> says")
+        log.note(
+            annotation.path, f"no image has the stem '{stem}'; {filename} is used, as <filename> says", NAME_DIFFERS
+        )
         return filename
     raise FaultyFileError(
         annotation.path,
         f"its image is missing: no {stem}.jpg, .jpeg or .png in {folder.images}; restore the image or "
         "remove it from the split",
     )
+
+
+def _recognises(path: Path) -> bool:
+    return bool(find_folders(path))
+
+
+LAYOUT = Layout(
+    name="voc",
+    evidence="Annotations/*.xml",
+    recognises=_recognises,
+    splits=list_splits,
+    read=read_voc,
+    server="voc",
+)

@@ -9,27 +9,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from refinedet.data.dataset import (
-    DetectionDataset,
-    FaultyFileError,
-    ProblemLog,
-    Record,
-    build_record,
-    unknown_class,
-    unknown_split,
-)
+from refinedet.data.problems import FaultyFileError, ProblemLog, unknown_class, unknown_split
+from refinedet.data.records import BoxRules, DetectionDataset, Layout, ReadRequest, Record, RecordBuilder
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import is_image_name, read_image_size
 
 _SPLIT_KEYS = ("train", "val", "test")
 _USUAL_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-_ROUNDING = 0.5
-"""Pixels by which a box may reach outside its picture without a word: the numbers are rounded when written."""
+_RULES = BoxRules(tolerance=0.5)
+"""Numbers are rounded when written, so boxes may reach outside their image by half a pixel without a word."""
 
 
 def find_yaml(path: Path) -> Path | None:
@@ -56,20 +50,20 @@ def list_splits(path: Path) -> tuple[str, ...]:
     return _splits(_read_yaml(file))
 
 
-def read_yolo(path: Path, split: str | None, class_names: Sequence[str] | None, log: ProblemLog) -> DetectionDataset:
+def read_yolo(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
     """Read a YOLO folder.
 
     Args:
-        path: a folder with data.yaml, or that file.
-        split: "train", "val" or "test", several joined by "+", or None for all.
-        class_names: names in label order; by default the order of data.yaml. With given names the class numbers of
-            the label files are translated through the names of data.yaml.
+        request: a folder with data.yaml, or that file; a split "train", "val" or "test", several joined by "+", or None
+            for all; class names in label order, by default those of data.yaml in its order. With given names the class
+            numbers of the label files are translated through the names of data.yaml.
         log: receives the problems.
 
     Raises:
         UsageError: unknown split, a folder of data.yaml that does not exist.
         RefineDetError: data.yaml cannot be used; (strict) another file that cannot be used.
     """
+    path, split, class_names = request.path, request.split, request.class_names
     file = _yaml_of(path)
     document = _read_yaml(file)
     own_names = _names(file, document)
@@ -233,7 +227,7 @@ def _to_record(
         text = ""
     except (OSError, UnicodeDecodeError) as error:
         raise FaultyFileError(label_path, f"cannot be read ({error})") from None
-    boxes, labels, numbers = [], [], []
+    builder = RecordBuilder(image, image_id, (width, height), label_path, log, _RULES)
     for number, line in enumerate(text.splitlines(), start=1):
         fields = line.split()
         if not fields:
@@ -245,28 +239,18 @@ def _to_record(
                 f"line {number}: class {index} is out of range; data.yaml has {len(own_names)} names, so 0 to "
                 f"{len(own_names) - 1}",
             )
-        if own_names[index] not in label_of:
-            raise unknown_class(label_path, own_names[index], tuple(label_of), where=f"line {number}: ")
-        boxes.append((x1 * width, y1 * height, x2 * width, y2 * height))
-        labels.append(label_of[own_names[index]])
-        numbers.append(number)
-    names = tuple(label_of)
+        name = own_names[index]
+        if name not in label_of:
+            raise unknown_class(label_path, name, tuple(label_of), where=f"line {number}: ")
+        box = (x1 * width, y1 * height, x2 * width, y2 * height)
+        builder.add(box, label_of[name], partial(_describe, number, name, box))
+    return builder.build()
 
-    def describe(row: int) -> str:
-        x1, y1, x2, y2 = boxes[row]
-        return f"line {numbers[row]} ({names[labels[row]]}): box {x1:g},{y1:g},{x2:g},{y2:g}"
 
-    return build_record(
-        image_path=image,
-        image_id=image_id,
-        size=(width, height),
-        boxes=boxes,
-        labels=labels,
-        annotation_path=label_path,
-        describe=describe,
-        log=log,
-        tolerance=_ROUNDING,
-    )
+def _describe(number: int, name: str, box: tuple[float, float, float, float]) -> str:
+    """The line of the label file, with its box in pixels."""
+    x1, y1, x2, y2 = box
+    return f"line {number} ({name}): box {x1:g},{y1:g},{x2:g},{y2:g}"
 
 
 def _parse_line(path: Path, number: int, fields: Sequence[str]) -> tuple[int, tuple[float, float, float, float]]:
@@ -290,3 +274,16 @@ def _parse_line(path: Path, number: int, fields: Sequence[str]) -> tuple[int, tu
         f"line {number} has {len(fields)} numbers; expected 5 (class cx cy width height), or the class and the "
         "corners of a polygon",
     )
+
+
+def _recognises(path: Path) -> bool:
+    return find_yaml(path) is not None
+
+
+LAYOUT = Layout(
+    name="yolo",
+    evidence="data.yaml",
+    recognises=_recognises,
+    splits=list_splits,
+    read=read_yolo,
+)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from refinedet.data.dataset import Record
+from refinedet.data.records import Record
 from refinedet.detections import Detections
 from refinedet.draw import draw_boxes, read_curves
 from refinedet.errors import RefineDetError

@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from refinedet.config import ModelConfig, to_dict
-from refinedet.data.dataset import DetectionDataset, open_dataset
+from refinedet.data.classes import match_classes
+from refinedet.data.layouts import open_dataset
+from refinedet.data.records import DetectionDataset
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.metrics import COCO_NAMES, CURVE_RECALLS, coco_average_precision, voc_average_precision
 from refinedet.evaluation.multiscale import MultiScale, SizedDetector
@@ -329,8 +331,6 @@ class _Sharing:
 
 
 def _share_classes(dataset: DetectionDataset, class_names: Sequence[str]) -> _Sharing:
-    from refinedet.weights.transfer import match_classes
-
     names = dataset.class_names
     matched = match_classes(class_names, names)
     shared = list(dict.fromkeys(label for label in matched if label is not None))

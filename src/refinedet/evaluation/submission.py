@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from refinedet.data.dataset import DetectionDataset
+from refinedet.data.layouts import LAYOUTS
+from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import UsageError
 from refinedet.files import write_atomically
@@ -83,20 +84,24 @@ def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) ->
             metric of the other server, or several VOC years at once.
     """
     path = Path(path).expanduser()
-    if dataset.format == "yolo":
-        raise UsageError(f"{dataset.path}: there is no server for data in YOLO's layout; --report saves all detections")
-    if (metric == "coco") != (dataset.format == "coco"):
-        wanted = "--metric coco" if dataset.format == "coco" else "--metric voc"
-        raise UsageError(f"{dataset.path}: results of {dataset.format.upper()} data go with {wanted}, not '{metric}'")
-    endings = _COCO_ENDINGS if dataset.format == "coco" else _VOC_ENDINGS
+    server = LAYOUTS[dataset.layout].server
+    if server is None:
+        raise UsageError(
+            f"{dataset.path}: there is no server for data in {dataset.layout.upper()}'s layout; --report saves all "
+            "detections"
+        )
+    if (metric == "coco") != (server == "coco"):
+        wanted = "--metric coco" if server == "coco" else "--metric voc"
+        raise UsageError(f"{dataset.path}: results of {server.upper()} data go with {wanted}, not '{metric}'")
+    endings = _COCO_ENDINGS if server == "coco" else _VOC_ENDINGS
     ending = next((end for end in endings if path.name.lower().endswith(end)), None)
     if ending is None:
         raise UsageError(
-            f"{path}: results for the {dataset.format.upper()} server are a file that ends in {' or '.join(endings)}"
+            f"{path}: results for the {server.upper()} server are a file that ends in {' or '.join(endings)}"
         )
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; give the name of a file")
-    if dataset.format == "coco":
+    if server == "coco":
         name = path.name[: -len(ending)]
         if not re.fullmatch(r"detections_.+_results", name):
             name = f"detections_{_coco_split(dataset)}_{name}_results"

@@ -28,7 +28,7 @@ from refinedet.data.augment import (
     sample_photometric,
     transform_boxes,
 )
-from refinedet.data.dataset import DetectionDataset
+from refinedet.data.records import DetectionDataset
 from refinedet.errors import RefineDetError
 from refinedet.preprocess import normalize
 from refinedet.training.matching import Targets

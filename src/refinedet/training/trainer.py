@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from refinedet.config import Preset, TrainConfig, load_json, save_json, to_dict
-from refinedet.data.dataset import DetectionDataset, open_dataset
+from refinedet.data.layouts import open_joined
+from refinedet.data.records import DetectionDataset
 from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.page import write_page
@@ -158,32 +159,6 @@ def resume(run_folder: str | Path, *, device: str = "auto", stop: Callable[[], b
             reason = str(error).splitlines()[0]
             raise RefineDetError(f"{folder / CHECKPOINT_FILE}: does not fit the run's config ({reason})") from None
         return trainer.run(stop)
-
-
-def open_joined(paths: Sequence[str | Path], split: str, class_names: Sequence[str] | None = None) -> DetectionDataset:
-    """The records of a split of several data sets in one.
-
-    Raises:
-        UsageError: their class names differ and none were given.
-    """
-    parts = [open_dataset(path, split, class_names) for path in paths]
-    first = parts[0]
-    for path, part in zip(paths, parts, strict=True):
-        if part.class_names != first.class_names:
-            raise UsageError(
-                f"{path}: its classes differ from those of {paths[0]}; give all names with --class-names a,b,c"
-            )
-    if len(parts) == 1:
-        return first
-    records = [record for part in parts for record in part.records]
-    if len({record.image_id for record in records}) < len(records):
-        # Two data sets may number their pictures alike; an evaluation tells pictures apart by their ids.
-        records = [dataclasses.replace(record, image_id=f"{n}:{record.image_id}") for n, record in enumerate(records)]
-    return dataclasses.replace(
-        first,
-        records=records,
-        problems=[problem for part in parts for problem in part.problems],
-    )
 
 
 def _initialise(

@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from refinedet.config import ModelConfig
+from refinedet.data.classes import match_classes
 from refinedet.errors import UsageError
-
-_SYNONYMS = (
-    ("aeroplane", "airplane"),
-    ("motorbike", "motorcycle"),
-    ("tvmonitor", "tv"),
-    ("sofa", "couch"),
-)
-"""VOC's and COCO's words for the same things, where they differ by more than spaces ("dining table")."""
-_MEANING = {word: first for first, *others in _SYNONYMS for word in (first, *others)}
 
 ADOPTED = (
     "mean",
@@ -54,29 +46,6 @@ class Transfer:
         line = f"{len(self.carried)} classes carried over" + (f": {names}" if names else "")
         line += f"; {len(self.new)} start anew" + (f": {', '.join(self.new)}" if self.new else "")
         return line
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.casefold() if letter not in " _-")
-
-
-def match_classes(names: Sequence[str], start_names: Sequence[str]) -> tuple[int | None, ...]:
-    """For each of ``names`` the index of the same class in ``start_names``, or None.
-
-    Equal names come first; then case, spaces, underscores and hyphens are ignored, and VOC's and COCO's words for the
-    same things are equal.
-    """
-    exact = {name: label for label, name in reversed(list(enumerate(start_names)))}
-    plain = {_plain(name): label for label, name in reversed(list(enumerate(start_names)))}
-    meaning = {_MEANING.get(word, word): label for word, label in reversed(list(plain.items()))}
-    matched = []
-    for name in names:
-        word = _plain(name)
-        label = exact.get(name)
-        for table, key in ((plain, word), (meaning, _MEANING.get(word, word))):
-            label = table.get(key) if label is None else label
-        matched.append(label)
-    return tuple(matched)
 
 
 def is_classifier(name: str) -> bool:

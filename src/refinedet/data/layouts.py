@@ -1,0 +1,162 @@
+"""Opening a dataset whatever its layout: recognising it, listing its splits, taking parts of them, joining several.
+
+To add a layout, write a reader module that defines a ``Layout`` and name it in ``LAYOUTS``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from refinedet.data import coco, voc, yolo
+from refinedet.data.problems import ProblemLog
+from refinedet.data.records import DetectionDataset, Layout, ReadRequest
+from refinedet.errors import UsageError
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (voc.LAYOUT, coco.LAYOUT, yolo.LAYOUT)}
+"""By name, in the order in which they are tried."""
+
+
+def open_dataset(
+    path: str | Path,
+    split: str | None = None,
+    class_names: Sequence[str] | None = None,
+    *,
+    strict: bool = True,
+    require_annotations: bool = True,
+) -> DetectionDataset:
+    """Read all annotations of a split; the layout is recognised by ``detect_layout``.
+
+    Args:
+        path: a VOCdevkit, one VOC year, a COCO folder or JSON file, a YOLO folder or data.yaml.
+        split: a name such as "train"; several joined by "+"; for a VOCdevkit also with its year, as in
+            "2007:trainval+2012:trainval". None or "all" is everything. A part of it in brackets at the end, counted in
+            images or in percent as in "train[:80%]" and "all[-50:]", takes so many in the data's own order: what is
+            held out where the data has no split for it.
+        class_names: the names in label order; by default they come from the data, in an order that does not depend
+            on which files are read.
+        strict: raise at the first file that cannot be used; otherwise collect ``problems`` and go on.
+        require_annotations: False also takes splits for which results are handed in to a server: VOC, where a listed
+            image has no XML; COCO, a JSON without "annotations" (image_info_test-dev2017.json). Such a split is read
+            without any objects and its ``annotated`` is False. COCO then refuses class names that are no category, as
+            results of such a class could not be written.
+
+    Boxes that reach outside the image are clipped, boxes without an area are dropped, each with a ``Problem``, in
+    both modes.
+
+    Raises:
+        UsageError: no such folder, unknown layout, unknown or empty split, or a part that is no part.
+        RefineDetError: (strict) a file that cannot be used, named.
+    """
+    root = Path(path).expanduser()
+    layout = _recognise(root)
+    if class_names is not None:
+        names = tuple(class_names)
+        if not names or len(set(names)) != len(names):
+            raise UsageError(f"class names must be different from each other and at least one, not {list(names)!r}")
+        class_names = names
+    log = ProblemLog(strict=strict)
+    whole, bounds = _split_part(split)
+    request = ReadRequest(root, None if whole in ("all", "") else whole, class_names, require_annotations)
+    dataset = layout.read(request, log)
+    dataset.problems = log.problems
+    if bounds is not None:
+        dataset.split = split
+        first, last = (_position(bound, len(dataset)) for bound in bounds)
+        dataset.records = dataset.records[first:last]
+    if not dataset.records and not any(problem.fatal for problem in log.problems):
+        where = f"split '{split}'" if split is not None else "this dataset"
+        raise UsageError(f"{root}: {where} has no images")
+    return dataset
+
+
+def open_joined(
+    paths: Sequence[str | Path], split: str | None, class_names: Sequence[str] | None = None
+) -> DetectionDataset:
+    """The records of a split of several datasets in one.
+
+    Args:
+        paths: at least one, each as for ``open_dataset``.
+        split: as for ``open_dataset``, the same for all.
+        class_names: as for ``open_dataset``.
+
+    Raises:
+        UsageError: their class names differ and none were given; otherwise as ``open_dataset``.
+    """
+    parts = [open_dataset(path, split, class_names) for path in paths]
+    first = parts[0]
+    for path, part in zip(paths, parts, strict=True):
+        if part.class_names != first.class_names:
+            raise UsageError(
+                f"{path}: its classes differ from those of {paths[0]}; give all names with --class-names a,b,c"
+            )
+    if len(parts) == 1:
+        return first
+    records = [record for part in parts for record in part.records]
+    if len({record.image_id for record in records}) < len(records):
+        # Two datasets may number their images alike; an evaluation tells images apart by their ids.
+        records = [replace(record, image_id=f"{n}:{record.image_id}") for n, record in enumerate(records)]
+    return replace(first, records=records, problems=[problem for part in parts for problem in part.problems])
+
+
+def detect_layout(path: str | Path) -> str:
+    """Name of the layout of a dataset, a key of ``LAYOUTS``, recognised from the files that are there.
+
+    Raises:
+        UsageError: nothing at ``path``, or nothing that looks like one of the layouts.
+    """
+    return _recognise(Path(path).expanduser()).name
+
+
+def list_splits(path: str | Path) -> tuple[str, ...]:
+    """Names that ``open_dataset`` accepts as ``split``; empty if the data is not divided.
+
+    Raises:
+        UsageError: as ``detect_layout``.
+    """
+    root = Path(path).expanduser()
+    return _recognise(root).splits(root)
+
+
+def _recognise(root: Path) -> Layout:
+    if not root.exists():
+        raise UsageError(f"{root}: no such folder")
+    for layout in LAYOUTS.values():
+        if layout.recognises(root):
+            return layout
+    if root.is_file():
+        raise UsageError(f"{root}: a dataset is a folder, a COCO .json or a YOLO data.yaml")
+    hint = ""
+    if (root / "labels").is_dir():
+        hint = "; it has labels/ but no data.yaml, which must give the class names"
+    elif any(root.glob("*.json")):
+        hint = "; if one of its .json files is a COCO file, give the path of that file"
+    evidence = "; ".join(f"{layout.evidence} ({layout.name.upper()})" for layout in LAYOUTS.values())
+    raise UsageError(f"{root}: not a dataset: found none of {evidence}{hint}")
+
+
+_PART = re.compile(r"(?P<whole>[^\[\]]*)\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\]")
+
+
+def _split_part(split: str | None) -> tuple[str | None, tuple[str | None, str | None] | None]:
+    """A split without its brackets, and the two bounds in them, None where one is left out."""
+    if split is None or not ("[" in split or "]" in split):
+        return split, None
+    match = _PART.fullmatch(split)
+    if match is None:
+        raise UsageError(
+            f"split '{split}': a part is written as [first:last] at the end, in images or percent: 'train[:80%]'"
+        )
+    return match["whole"], (match["first"], match["last"])
+
+
+def _position(bound: str | None, count: int) -> int | None:
+    """Index that a bound stands for among ``count`` images; percent are rounded down, negative ones count back."""
+    if bound is None or not bound.endswith("%"):
+        return None if bound is None else int(bound)
+    percent = int(bound[:-1])
+    if abs(percent) > 100:
+        raise UsageError(f"a part of a split reaches from 0 % to 100 %, not to {bound}")
+    return count * percent // 100 if percent >= 0 else count - count * -percent // 100

@@ -1,0 +1,130 @@
+"""What is wrong with the files of a dataset: one ``Problem`` for each, with a kind by which they are counted."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from refinedet.errors import RefineDetError, UsageError
+
+
+@dataclass(frozen=True)
+class ProblemKind:
+    """What many problems have in common; they are counted by it."""
+
+    one: str
+    """Words for a single one, such as "box clipped to its image"."""
+    many: str
+    """Words for several, such as "boxes clipped to their images"."""
+    unit: Literal["object", "image", "file"]
+    """What is affected: one object, a whole image, or neither (a value of a file was filled in)."""
+    lost: bool = True
+    """Whether the object or image is missing from the records."""
+
+
+CLIPPED = ProblemKind("box clipped to its image", "boxes clipped to their images", "object", lost=False)
+SWAPPED = ProblemKind("box with swapped corners dropped", "boxes with swapped corners dropped", "object")
+NO_AREA = ProblemKind("box without an area dropped", "boxes without an area dropped", "object")
+OUTSIDE = ProblemKind("box outside its image dropped", "boxes outside their images dropped", "object")
+NO_BOX = ProblemKind("object without a box dropped", "objects without a box dropped", "object")
+NO_SIZE = ProblemKind(
+    "image size filled in from the image file", "image sizes filled in from the image files", "file", lost=False
+)
+NO_ANNOTATION = ProblemKind(
+    "image without an annotation left out", "images without an annotation left out", "image", lost=True
+)
+LISTED_TWICE = ProblemKind("entry listed twice", "entries listed twice", "file", lost=False)
+NAME_DIFFERS = ProblemKind(
+    "annotation that names another image file", "annotations that name another image file", "file", lost=False
+)
+REPEATED = ProblemKind("box repeated in its image", "boxes repeated in their images", "object", lost=False)
+UNREADABLE = ProblemKind("image that cannot be read", "images that cannot be read", "image")
+UNUSABLE = ProblemKind("file that cannot be used", "files that cannot be used", "image")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with one file."""
+
+    path: Path
+    """The file: an annotation for a faulty box, an image for unreadable pixels."""
+    message: str
+    """One line without the path."""
+    fatal: bool
+    """True: training and evaluation refuse it, lenient reading left the file out. False: a box was dropped or clipped,
+    a missing value filled in, or an image without annotation passed over."""
+    kind: ProblemKind = UNUSABLE
+    """What it is counted under."""
+
+    def __str__(self) -> str:
+        """``path: message``."""
+        return f"{self.path}: {self.message}"
+
+
+class FaultyFileError(RefineDetError):
+    """One file cannot be used. Strict reading lets it through, lenient reading turns it into a ``Problem``."""
+
+    def __init__(self, path: Path, reason: str, kind: ProblemKind = UNUSABLE) -> None:
+        """Name the file and what is wrong with it."""
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+        self.kind = kind
+
+
+class ProblemLog:
+    """Collects problems while a reader works; in strict mode the first fatal one ends the reading."""
+
+    def __init__(self, *, strict: bool) -> None:
+        """Start without problems."""
+        self.strict = strict
+        self.problems: list[Problem] = []
+
+    def note(self, path: Path, message: str, kind: ProblemKind) -> None:
+        """Remember something that was repaired."""
+        self.problems.append(Problem(path, message, fatal=False, kind=kind))
+
+    def fatal(self, error: FaultyFileError) -> None:
+        """Raise ``error`` (strict) or remember it (lenient)."""
+        if self.strict:
+            raise error
+        self.problems.append(Problem(error.path, error.reason, fatal=True, kind=error.kind))
+
+
+def count_kinds(problems: Iterable[Problem]) -> list[tuple[ProblemKind, int]]:
+    """How many problems there are of each kind, the commonest first."""
+    return Counter(problem.kind for problem in problems).most_common()
+
+
+def describe_kinds(problems: Iterable[Problem], most: int | None = None) -> str:
+    """The counts of ``count_kinds`` in words: "12 boxes clipped to their images, 1 box without an area dropped".
+
+    Args:
+        problems: what is counted.
+        most: how many kinds are named; None names all.
+    """
+    counts = count_kinds(problems)[:most]
+    return ", ".join(f"{count} {kind.one if count == 1 else kind.many}" for kind, count in counts)
+
+
+def unknown_split(path: Path, split: str, available: Iterable[str]) -> UsageError:
+    """The error for a split that is not there, listing those that are."""
+    known = ", ".join(available)
+    return UsageError(f"{path}: no split '{split}'; " + (f"available: {known}" if known else "it has no splits"))
+
+
+def unknown_class(path: Path, name: str, known: Sequence[str], where: str = "") -> FaultyFileError:
+    """The error for an object of a class that is not in the list, with the nearest known name."""
+    lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    hint = f"the nearest known is '{lower[near[0]]}'" if near else f"known: {shorten(known)}"
+    return FaultyFileError(path, f"{where}class '{name}' is not in the list of classes; {hint}")
+
+
+def shorten(names: Sequence[str], most: int = 8) -> str:
+    """Names joined by commas, cut after ``most``."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
