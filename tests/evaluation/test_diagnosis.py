@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from oracles import iou
-from refinedet.evaluation.diagnosis import ERRORS, Diagnosis, Outcome, diagnose
+from refinedet.evaluation.diagnosis import Diagnosis
+from refinedet.evaluation.diagnosis import diagnose as diagnose_outcomes
 from refinedet.evaluation.metrics import voc_average_precision
+from refinedet.evaluation.outcomes import ERRORS, Outcome, match_objects
 
 CAT, DOG, COW = 0, 1, 2
 TP, IGNORED, DUPLICATE = Outcome.TRUE_POSITIVE, Outcome.IGNORED, Outcome.DUPLICATE
@@ -58,6 +61,12 @@ def objects(*items: tuple[Box, int], difficult: Sequence[int] = (), crowd: Seque
         np.isin(order, crowd),
         (boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
     )
+
+
+def diagnose(
+    detections: Sequence[Found], targets: Sequence[Objects], classes: int, *, crowd_swallows: bool = False, **rest: Any
+) -> Diagnosis:
+    return diagnose_outcomes(match_objects(detections, targets, classes, crowd_swallows=crowd_swallows), **rest)
 
 
 def one(detections: Found, targets: Objects, **arguments: object) -> Diagnosis:

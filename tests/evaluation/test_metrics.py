@@ -107,17 +107,11 @@ def test_voc_best_overlap_comes_before_taken() -> None:
     assert result.average_precision[0] == 0.5
 
 
-def test_voc_inclusive_counts_the_last_pixel() -> None:
-    # Pixels 0..9 and 0..4 by 0..9: 50 / 100 = 0.5 with the +1; 4 * 9 / 81 without.
-    truth = Truth([[0, 0, 9, 9]], [0])
-    found = Found([[0, 0, 4, 9]], [0.9], [0])
-    assert voc_average_precision([found], [truth], 1, inclusive=True, iou_threshold=0.499).mean == 1
-    assert voc_average_precision([found], [truth], 1, inclusive=True).mean == 0
-    assert voc_average_precision([found], [truth], 1, iou_threshold=0.499).mean == 0
-    # The same pixels as edges need no +1.
-    edges, found_edges = Truth([[0, 0, 10, 10]], [0]), Found([[0, 0, 5, 10]], [0.9], [0])
-    assert voc_average_precision([found_edges], [edges], 1, iou_threshold=0.499).mean == 1
-    assert voc_average_precision([found_edges], [edges], 1).mean == 0
+def test_voc_threshold_must_be_exceeded() -> None:
+    # Half of the object: an IoU of exactly 0.5.
+    truth, found = Truth([[0, 0, 10, 10]], [0]), Found([[0, 0, 5, 10]], [0.9], [0])
+    assert voc_average_precision([found], [truth], 1, iou_threshold=0.499).mean == 1
+    assert voc_average_precision([found], [truth], 1).mean == 0
 
 
 def test_voc_class_without_objects_is_left_out_of_the_mean() -> None:
@@ -183,20 +177,18 @@ def test_interpolate_precision() -> None:
 # --- loops ------------------------------------------------------------------------------------------------------------
 
 
-def overlap_by_loop(a: Array, b: Array, extra: float) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0]) + extra
-    height = min(a[3], b[3]) - max(a[1], b[1]) + extra
+def overlap_by_loop(a: Array, b: Array) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     if width <= 0 or height <= 0:
         return 0.0
     shared = width * height
-    area_a = (a[2] - a[0] + extra) * (a[3] - a[1] + extra)
-    area_b = (b[2] - b[0] + extra) * (b[3] - b[1] + extra)
+    area_a = (a[2] - a[0]) * (a[3] - a[1])
+    area_b = (b[2] - b[0]) * (b[3] - b[1])
     return float(shared / (area_a + area_b - shared))
 
 
-def voc_by_loop(
-    found: list[Found], truths: list[Truth], label: int, threshold: float, extra: float
-) -> tuple[float, float]:
+def voc_by_loop(found: list[Found], truths: list[Truth], label: int, threshold: float) -> tuple[float, float]:
     """11-point and area AP of one class, read off the devkit's rules line by line."""
     ranked = [
         (float(score), image, box)
@@ -219,7 +211,7 @@ def voc_by_loop(
         best, which = -1.0, -1
         for j in range(len(truth.labels)):
             if truth.labels[j] == label:
-                value = overlap_by_loop(box, truth.boxes[j], extra)
+                value = overlap_by_loop(box, truth.boxes[j])
                 if value > best:
                     best, which = value, j
         if best > threshold:
@@ -268,10 +260,10 @@ def cases(draw: st.DrawFn) -> tuple[list[Found], list[Truth], int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(case=cases(), inclusive=st.booleans(), threshold=st.sampled_from([0.3, 0.5, 0.75]))
-def test_voc_equals_loops(case: tuple[list[Found], list[Truth], int], inclusive: bool, threshold: float) -> None:
+@given(case=cases(), threshold=st.sampled_from([0.3, 0.5, 0.75]))
+def test_voc_equals_loops(case: tuple[list[Found], list[Truth], int], threshold: float) -> None:
     found, truths, num_classes = case
-    expected = [voc_by_loop(found, truths, label, threshold, float(inclusive)) for label in range(num_classes)]
+    expected = [voc_by_loop(found, truths, label, threshold) for label in range(num_classes)]
     for method, column in (("11-point", 0), ("area", 1)):
         result = voc_average_precision(
             found,
@@ -279,7 +271,6 @@ def test_voc_equals_loops(case: tuple[list[Found], list[Truth], int], inclusive:
             num_classes,
             iou_threshold=threshold,
             method=method,  # type: ignore[arg-type]
-            inclusive=inclusive,
         )
         np.testing.assert_allclose(result.average_precision, [row[column] for row in expected], rtol=0, atol=1e-12)
         assert np.isfinite(result.mean) or all(np.isnan(row[0]) for row in expected)
@@ -308,12 +299,13 @@ def per_image(arrays: dict[str, Array], boxes: Array, scores: Array, truth: Arra
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
-    ("protocol", "inclusive", "tolerance"),
-    [("float_no_plus_one", False, 1e-5), ("float_plus_one", True, 1e-5), ("text_plus_one", True, 3e-3)],
+    ("protocol", "last_pixel", "tolerance"),
+    [("float_no_plus_one", 0, 1e-5), ("float_plus_one", 1, 1e-5), ("text_plus_one", 1, 3e-3)],
 )
 def test_voc_exam(
-    exam: tuple[dict[str, Array], dict[str, Any]], protocol: str, inclusive: bool, tolerance: float
+    exam: tuple[dict[str, Array], dict[str, Any]], protocol: str, last_pixel: int, tolerance: float
 ) -> None:
+    """``last_pixel`` is 1 where the protocol's corners name the last pixel: the edge of the box is one further."""
     arrays, expected = exam
     truth = arrays["gt_box"].astype(np.float64)
     if protocol.startswith("text"):
@@ -321,6 +313,8 @@ def test_voc_exam(
         found, truths = per_image(arrays, boxes, np.round(arrays["det_score"].astype(np.float64), 3), truth)
     else:
         found, truths = per_image(arrays, arrays["det_box"], arrays["det_score"], truth - 1)
+    for item in [*found, *truths]:
+        item.boxes = item.boxes + np.array([0, 0, last_pixel, last_pixel])
     figures = expected["protocols"][protocol]
     for method, name in (("11-point", "11point"), ("area", "area")):
         result = voc_average_precision(
@@ -328,7 +322,6 @@ def test_voc_exam(
             truths,
             20,
             method=method,  # type: ignore[arg-type]
-            inclusive=inclusive,
         )
         wanted = [figures[f"ap_{name}"][class_name] for class_name in expected["classes"]]
         np.testing.assert_allclose(result.average_precision, wanted, rtol=0, atol=tolerance)

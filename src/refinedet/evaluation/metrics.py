@@ -4,18 +4,32 @@ Pure functions of numpy arrays; no torch, no files. Detections and targets come 
 order; anything with the right attributes will do (``Detections`` and ``Record`` of this package have them).
 
 A box over a whole image is ``0, 0, width, height`` here, so a width is ``x2 - x1``. That is the PASCAL devkit's count
-of inclusive pixels, with its +1 already inside the coordinates (see docs/conventions.md). ``inclusive=True`` is for
-boxes that name their last pixel instead.
+of inclusive pixels, with its +1 already inside the coordinates (see docs/conventions.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from refinedet.evaluation.outcomes import (
+    HIT_IOU,
+    Floats,
+    Integers,
+    Outcomes,
+    ScoredBoxes,
+    Targets,
+    check_lengths,
+    concatenate,
+    ignored_objects,
+    join_boxes,
+    join_scores,
+    match_objects,
+)
 
 VocMethod = Literal["11-point", "area"]
 
@@ -29,54 +43,6 @@ _ELEVEN_RECALLS = np.arange(11, dtype=np.float64) * 0.1
 """Deliberately 0.30000000000000004 and its like, not exact tenths: the evaluators that published figures come from
 compare recall with these floats, so that 3 objects of 10 do not reach the fourth. With exact tenths a class of VOC 2007
 test moves by up to 0.002, and a class of ten objects by much more."""
-
-_Array = npt.NDArray[Any]
-_Floats = npt.NDArray[np.float64]
-_Ints = npt.NDArray[np.int64]
-
-
-class ScoredBoxes(Protocol):
-    """The detections of one image: D boxes (xyxy pixels) with scores and labels 0..C-1."""
-
-    @property
-    def boxes(self) -> _Array:
-        """(D, 4) xyxy."""
-
-    @property
-    def scores(self) -> _Array:
-        """(D,)."""
-
-    @property
-    def labels(self) -> _Array:
-        """(D,) integers in 0..C-1."""
-
-
-class Targets(Protocol):
-    """The objects of one image: G boxes (xyxy pixels) with labels and flags."""
-
-    @property
-    def boxes(self) -> _Array:
-        """(G, 4) xyxy."""
-
-    @property
-    def labels(self) -> _Array:
-        """(G,) integers in 0..C-1."""
-
-    @property
-    def difficult(self) -> _Array:
-        """(G,) bool: PASCAL's flag."""
-
-    @property
-    def crowd(self) -> _Array:
-        """(G,) bool: COCO's iscrowd."""
-
-
-class TargetsWithAreas(Targets, Protocol):
-    """Targets that also carry COCO's area, which decides what counts as small, medium and large."""
-
-    @property
-    def areas(self) -> _Array:
-        """(G,) square pixels (in COCO's own files the area of the mask, not of the box)."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +83,19 @@ class CocoResult:
     curves: npt.NDArray[np.float64]
     """(C, 101) interpolated precision at IoU 0.5 and ``CURVE_RECALLS``; 0 for a class without objects."""
 
+    @property
+    def average_precision_50(self) -> npt.NDArray[np.float64]:
+        """(C,) AP at IoU 0.5; nan for a class without an object that counts."""
+        return np.where(self.positives > 0, self.curves.mean(axis=1), np.nan)
+
 
 def voc_average_precision(
     detections: Sequence[ScoredBoxes],
     targets: Sequence[Targets],
     num_classes: int,
     *,
-    iou_threshold: float = 0.5,
+    iou_threshold: float = HIT_IOU,
     method: VocMethod = "11-point",
-    inclusive: bool = False,
 ) -> VocResult:
     """Average precision by the rules of the PASCAL VOC devkit.
 
@@ -137,15 +107,10 @@ def voc_average_precision(
 
     Args:
         detections: one entry per image: boxes (D, 4), scores (D,), labels (D,).
-        targets: one entry per image, in the same order: boxes (G, 4), labels (G,), difficult (G,), crowd (G,).
+        targets: one entry per image, in the same order: boxes (G, 4), labels, difficult, crowd and areas, each (G,).
         num_classes: C; labels are 0..C-1.
-        iou_threshold: an overlap must be strictly above it, as in the widespread Python evaluators (the Matlab devkit
-            accepts equality).
-        method: "11-point" (VOC 2007: the mean of interpolated precision at recall 0, 0.1, ... 1) or "area" (VOC 2010
-            and later: the area under interpolated precision). The eleven recalls are the floats ``k * 0.1``, as in
-            the evaluators that published figures come from.
-        inclusive: coordinates name the first and last pixel, so that widths and heights are one more than their
-            difference.
+        iou_threshold: an overlap must be strictly above it; see ``outcomes.match_objects``.
+        method: as for ``voc_result``.
 
     Returns:
         Per class average precision, counts and curves.
@@ -153,47 +118,40 @@ def voc_average_precision(
     Raises:
         ValueError: lengths differ, a label is out of range, a score is nan, or the method is unknown.
     """
+    return voc_result(match_objects(detections, targets, num_classes, iou_threshold=iou_threshold), method)
+
+
+def voc_result(outcomes: Outcomes, method: VocMethod) -> VocResult:
+    """VOC's average precision of detections that are matched with objects already.
+
+    Args:
+        outcomes: what ``outcomes.match_objects`` returned.
+        method: "11-point" (VOC 2007: the mean of interpolated precision at recall 0, 0.1, ... 1) or "area" (VOC 2010
+            and later: the area under interpolated precision). The eleven recalls are the floats ``k * 0.1``, as in
+            the evaluators that published figures come from.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
     if method not in ("11-point", "area"):
         raise ValueError(f"method must be '11-point' or 'area', not {method!r}")
-    check_lengths(detections, targets)
-    boxes, labels, images = _join(detections, num_classes, "detections")
-    scores = concatenate([item.scores for item in detections], np.float64)
-    if len(scores) != len(boxes):
-        raise ValueError(f"detections: {len(boxes)} boxes but {len(scores)} scores")
-    if np.isnan(scores).any():
-        raise ValueError("detections: a score is nan")
-    target_boxes, target_labels, target_images = _join(targets, num_classes, "targets")
-    ignored = ignored_objects(targets)
-
-    best_first = np.argsort(-scores, kind="stable")
-    average_precision = np.full(num_classes, np.nan)
-    positives = np.bincount(target_labels[~ignored], minlength=num_classes).astype(np.int64)
-    precision: list[_Floats] = []
-    recall: list[_Floats] = []
-    kept_scores: list[_Floats] = []
-    for label in range(num_classes):
-        chosen = best_first[labels[best_first] == label]
-        of_class = np.flatnonzero(target_labels == label)
-        overlap, nearest = _best_overlaps(
-            boxes[chosen], images[chosen], target_boxes[of_class], target_images[of_class], inclusive=inclusive
-        )
-        hit = overlap > iou_threshold
-        # Difficult objects neither count nor punish: their detections leave the list before anything is summed.
-        counts = np.ones(len(chosen), dtype=bool)
-        counts[hit] = ~ignored[of_class[nearest[hit]]]
-        candidates = np.flatnonzero(hit & counts)
-        true_positive = np.zeros(len(chosen), dtype=bool)
-        true_positive[candidates[np.unique(nearest[candidates], return_index=True)[1]]] = True
-
-        hits = np.cumsum(true_positive[counts])
-        if positives[label] == 0:
-            hits = hits[:0]
+    positives, right = outcomes.positives, outcomes.right
+    best_first = np.argsort(-outcomes.scores, kind="stable")
+    # Difficult objects neither count nor punish: their detections leave the list before anything is summed.
+    best_first = best_first[outcomes.counts[best_first]]
+    average_precision = np.full(outcomes.num_classes, np.nan)
+    precision: list[Floats] = []
+    recall: list[Floats] = []
+    scores: list[Floats] = []
+    for label in range(outcomes.num_classes):
+        chosen = best_first[outcomes.labels[best_first] == label] if positives[label] else best_first[:0]
+        hits = np.cumsum(right[chosen])
         precision.append(hits / np.arange(1, len(hits) + 1))
         recall.append(hits / max(1, positives[label]))
-        kept_scores.append(scores[chosen][counts][: len(hits)])
-        if positives[label] > 0:
+        scores.append(outcomes.scores[chosen])
+        if positives[label]:
             average_precision[label] = average_precision_of_hits(hits, int(positives[label]), method)
-    return VocResult(average_precision, positives, tuple(precision), tuple(recall), tuple(kept_scores))
+    return VocResult(average_precision, positives, tuple(precision), tuple(recall), tuple(scores))
 
 
 def average_precision_of_hits(hits: npt.NDArray[np.int64], positives: int, method: VocMethod) -> float:
@@ -215,7 +173,7 @@ def average_precision_of_hits(hits: npt.NDArray[np.int64], positives: int, metho
     return float((steps * envelope[:-1]).sum() / positives)
 
 
-def interpolate_precision(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> _Floats:
+def interpolate_precision(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> Floats:
     """Precision at ``CURVE_RECALLS``: the best at this recall or beyond, 0 where it is never reached.
 
     Args:
@@ -226,13 +184,13 @@ def interpolate_precision(precision: npt.NDArray[np.float64], recall: npt.NDArra
         (101,) never rising.
     """
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    result: _Floats = envelope[np.searchsorted(recall, CURVE_RECALLS)]
+    result: Floats = envelope[np.searchsorted(recall, CURVE_RECALLS)]
     return result
 
 
 def coco_average_precision(
     detections: Sequence[ScoredBoxes],
-    targets: Sequence[TargetsWithAreas],
+    targets: Sequence[Targets],
     num_classes: int,
     *,
     image_ids: Sequence[int] | None = None,
@@ -255,20 +213,13 @@ def coco_average_precision(
     Raises:
         ValueError: lengths differ, a label is out of range, a score is nan, or ids repeat.
     """
-    # Half a second to import, and only this function wants it.
-    from faster_coco_eval import COCO, COCOeval_faster
-
     check_lengths(detections, targets)
     ids = list(range(1, len(targets) + 1)) if image_ids is None else [int(i) for i in image_ids]
     if len(ids) != len(targets) or len(set(ids)) != len(ids):
         raise ValueError(f"image_ids must be {len(targets)} distinct integers")
-    boxes, labels, images = _join(detections, num_classes, "detections")
-    scores = concatenate([item.scores for item in detections], np.float64)
-    if len(scores) != len(boxes):
-        raise ValueError(f"detections: {len(boxes)} boxes but {len(scores)} scores")
-    if np.isnan(scores).any():
-        raise ValueError("detections: a score is nan")
-    target_boxes, target_labels, target_images = _join(targets, num_classes, "targets")
+    boxes, labels, bounds = join_boxes(detections, num_classes, "detections")
+    scores = join_scores(detections, len(boxes))
+    target_boxes, target_labels, target_bounds = join_boxes(targets, num_classes, "targets")
     areas = concatenate([item.areas for item in targets], np.float64)
     ignored = ignored_objects(targets)
     positives = np.bincount(target_labels[~ignored], minlength=num_classes).astype(np.int64)
@@ -277,20 +228,41 @@ def coco_average_precision(
         undefined = np.full(num_classes, np.nan)
         return CocoResult(dict.fromkeys(COCO_NAMES, -1.0), undefined, positives, np.zeros((num_classes, 101)))
 
-    def annotations(xyxy: _Floats, of_image: _Ints, of_label: _Ints) -> list[dict[str, Any]]:
-        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1).tolist()
-        return [
-            {"image_id": ids[image], "category_id": label + 1, "bbox": box}
-            for image, label, box in zip(of_image.tolist(), of_label.tolist(), xywh, strict=True)
-        ]
-
-    truth = annotations(target_boxes, target_images, target_labels)
+    truth = _annotations(ids, target_boxes, target_bounds, target_labels)
     for number, (item, area, crowd) in enumerate(zip(truth, areas.tolist(), ignored.tolist(), strict=True)):
         # Ids start at 1: pycocotools takes a match with object 0 for none.
         item.update(id=number + 1, area=area, iscrowd=int(crowd))
-    found = annotations(boxes, images, labels)
-    for item, score in zip(found, scores.tolist(), strict=True):
+    results = _annotations(ids, boxes, bounds, labels)
+    for item, score in zip(results, scores.tolist(), strict=True):
         item["score"] = score
+    stats, precision = _evaluate_coco(ids, num_classes, truth, results)
+    average_precision = np.full(num_classes, np.nan)
+    defined = positives > 0
+    average_precision[defined] = precision[:, :, defined].mean(axis=(0, 1))
+    return CocoResult(
+        numbers={name: float(value) for name, value in zip(COCO_NAMES, stats, strict=True)},
+        average_precision=average_precision,
+        positives=positives,
+        curves=np.maximum(precision[0].T, 0.0),
+    )
+
+
+def _annotations(ids: Sequence[int], boxes: Floats, bounds: Integers, labels: Integers) -> list[dict[str, Any]]:
+    """Boxes of all images in COCO's form; image n has those from bound n to bound n + 1."""
+    image_ids = np.repeat(np.asarray(ids, dtype=np.int64), np.diff(bounds))
+    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    return [
+        {"image_id": image_id, "category_id": label + 1, "bbox": box}
+        for image_id, label, box in zip(image_ids.tolist(), labels.tolist(), xywh.tolist(), strict=True)
+    ]
+
+
+def _evaluate_coco(
+    ids: Sequence[int], num_classes: int, truth: list[dict[str, Any]], results: list[dict[str, Any]]
+) -> tuple[Floats, Floats]:
+    """The 12 numbers, and precision as (10 IoU thresholds, 101 recalls, C), -1 where a class has no object."""
+    # Half a second to import, and only this function wants it.
+    from faster_coco_eval import COCO, COCOeval_faster
 
     reference = COCO(
         {
@@ -300,94 +272,16 @@ def coco_average_precision(
         },
         print_function=_say_nothing,
     )
-    evaluator = COCOeval_faster(reference, reference.loadRes(found), "bbox", print_function=_say_nothing)
+    evaluator = COCOeval_faster(reference, reference.loadRes(results), "bbox", print_function=_say_nothing)
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
-
-    # (IoU thresholds, recalls, classes, area ranges, detection limits), -1 where a class has no object.
+    # Of all area ranges the first (every size), of the limits on detections the last (100).
     precision = np.asarray(evaluator.eval["precision"], dtype=np.float64)[:, :, :, 0, -1]
-    average_precision = np.full(num_classes, np.nan)
-    defined = positives > 0
-    average_precision[defined] = precision[:, :, defined].mean(axis=(0, 1))
-    return CocoResult(
-        numbers={name: float(value) for name, value in zip(COCO_NAMES, evaluator.stats, strict=True)},
-        average_precision=average_precision,
-        positives=positives,
-        curves=np.maximum(precision[0].T, 0.0),
-    )
+    return np.asarray(evaluator.stats, dtype=np.float64), precision
 
 
-def _best_overlaps(
-    boxes: _Floats, images: _Ints, target_boxes: _Floats, target_images: _Ints, *, inclusive: bool
-) -> tuple[_Floats, _Ints]:
-    """The largest IoU of each box with a target of its image (0 if there is none) and which target that is.
-
-    ``target_images`` never falls, so the targets of a box are a slice; all slices are laid end to end and compared in
-    one go, without a loop over images.
-    """
-    start = np.searchsorted(target_images, images, side="left")
-    count = np.searchsorted(target_images, images, side="right") - start
-    end = np.cumsum(count)
-    row = np.repeat(np.arange(len(boxes)), count)
-    column = np.arange(len(row)) + np.repeat(start - (end - count), count)
-
-    extra = 1.0 if inclusive else 0.0
-    a, b = boxes[row], target_boxes[column]
-    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + extra
-    shared = np.where((sides > 0).all(axis=1), sides.prod(axis=1), 0.0)
-    union = (a[:, 2:] - a[:, :2] + extra).prod(axis=1) + (b[:, 2:] - b[:, :2] + extra).prod(axis=1) - shared
-    iou = np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
-
-    overlap = np.zeros(len(boxes))
-    nearest = np.zeros(len(boxes), dtype=np.int64)
-    some = count > 0
-    if some.any():
-        overlap[some] = np.maximum.reduceat(iou, (end - count)[some])
-        peaks = np.flatnonzero(iou == overlap[row])
-        # The first of equal peaks, as the devkit's loop keeps it.
-        rows, first = np.unique(row[peaks], return_index=True)
-        nearest[rows] = column[peaks[first]]
-    return overlap, nearest
-
-
-def _join(
-    items: Sequence[ScoredBoxes] | Sequence[Targets], num_classes: int, what: str
-) -> tuple[_Floats, _Ints, _Ints]:
-    """Boxes (N, 4), labels (N,) and image indices (N,) of all images end to end."""
-    boxes: _Floats = concatenate([np.reshape(item.boxes, (-1, 4)) for item in items], np.float64).reshape(-1, 4)
-    labels: _Ints = concatenate([item.labels for item in items], np.int64)
-    images = np.repeat(np.arange(len(items)), [len(item.labels) for item in items]).astype(np.int64)
-    if len(boxes) != len(labels):
-        raise ValueError(f"{what}: {len(boxes)} boxes but {len(labels)} labels")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
-        wrong = labels[(labels < 0) | (labels >= num_classes)][0]
-        raise ValueError(f"{what}: label {wrong} is not in 0..{num_classes - 1}")
-    return boxes, labels, images
-
-
-def ignored_objects(targets: Sequence[Targets]) -> npt.NDArray[np.bool_]:
-    """Of all images end to end, the objects that are difficult or a crowd."""
-    difficult = concatenate([item.difficult for item in targets], np.bool_)
-    crowd = concatenate([item.crowd for item in targets], np.bool_)
-    result: npt.NDArray[np.bool_] = difficult | crowd
-    return result
-
-
-def concatenate(arrays: Sequence[_Array], dtype: type[np.generic]) -> _Array:
-    """The arrays of all images end to end; empty where there are no images."""
-    if not arrays:
-        return np.zeros(0, dtype=dtype)
-    return np.concatenate([np.asarray(array, dtype=dtype) for array in arrays])
-
-
-def check_lengths(detections: Sequence[ScoredBoxes], targets: Sequence[Targets]) -> None:
-    """Raise ValueError if the numbers of images differ."""
-    if len(detections) != len(targets):
-        raise ValueError(f"detections of {len(detections)} images but targets of {len(targets)}")
-
-
-def mean_of_defined(values: _Floats) -> float:
+def mean_of_defined(values: Floats) -> float:
     """The mean without nan; nan if nothing else is there."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")

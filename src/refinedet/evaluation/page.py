@@ -23,18 +23,9 @@ from refinedet.detections import Detections
 from refinedet.draw import draw_boxes, read_curves
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.charts import Line, line_chart
-from refinedet.evaluation.diagnosis import (
-    ERRORS,
-    HIT_IOU,
-    NEAR_IOU,
-    SCORE_THRESHOLD,
-    SIZES,
-    Diagnosis,
-    ImageDiagnosis,
-    Outcome,
-    diagnose,
-)
-from refinedet.evaluation.metrics import CURVE_RECALLS
+from refinedet.evaluation.diagnosis import SCORE_THRESHOLD, SIZES, Diagnosis, ImageDiagnosis, diagnose
+from refinedet.evaluation.metrics import CURVE_RECALLS, VocMethod
+from refinedet.evaluation.outcomes import ERRORS, HIT_IOU, NEAR_IOU, Outcome, match_objects
 from refinedet.evaluation.report import METRICS, Report
 from refinedet.files import write_atomically, write_text
 
@@ -116,14 +107,9 @@ def write_page(
     records = [report.dataset[index] for index in report.indices]
     # Nothing below the threshold of the evaluation is there to be counted.
     threshold = max(score_threshold, report.settings.get("score_threshold") or 0.0)
-    diagnosis = diagnose(
-        report.detections,
-        records,
-        len(report.per_class),
-        score_threshold=threshold,
-        method="11-point" if report.metric == "voc07" else "area",
-        crowd_swallows=report.metric == "coco",
-    )
+    outcomes = match_objects(report.detections, records, len(report.per_class), crowd_swallows=report.metric == "coco")
+    method: VocMethod = "11-point" if report.metric == "voc07" else "area"
+    diagnosis = diagnose(outcomes, score_threshold=threshold, method=method)
     pictures = _write_pictures(report, records, diagnosis, folder / IMAGE_FOLDER)
     sections = [
         _Section("errors", "Errors", _errors(report, diagnosis)),
