@@ -406,13 +406,64 @@ def test_full_disk_keeps_the_previous_json(
     full_disk: FullDisk,
 ) -> None:  # fmt: skip
     result = tmp_path / "r.json"
-    result.write_text("earlier")
     picture = photo("a.jpg")
+    command = ["predict", "stub", str(picture), "--json", str(result)]
+    assert cli.main(command) == 0
+    earlier = result.read_text()
     with full_disk(20):
-        assert cli.main(["predict", "stub", str(picture), "--json", str(result)]) == 1
-    reason = "cannot be saved (File too large); the previous file is untouched"
+        assert cli.main(command) == 1
+    reason = "cannot be saved (disk full, or the file is larger than allowed); the previous file is untouched"
     assert f"error: {result}: {reason}\n" == capsys.readouterr().err
-    assert result.read_text() == "earlier"
+    assert result.read_text() == earlier
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["predict stub PHOTO --json PHOTO", "predict stub PHOTO --json NOTES", "predict stub --json PHOTO OTHER",
+     "inspect DATA --mosaic PHOTO", "evaluate stub DATA --submission NOTES.zip", "evaluate stub DATA --report REPORT",
+     "convert NOTES.zip --preset smoke --out REPORT"],
+)  # fmt: skip
+def test_nothing_of_the_user_is_replaced(
+    command: str, stub: StubDetector, photo: Callable[..., Path], voc_folder: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    names = {"PHOTO": photo("a.jpg"), "OTHER": photo("b.jpg"), "DATA": voc_folder(), "NOTES.zip": tmp_path / "n.zip",
+             "NOTES": tmp_path / "notes.json", "REPORT": tmp_path / "report"}  # fmt: skip
+    names["REPORT"].mkdir()
+    for path in (names["NOTES"], names["NOTES.zip"], names["REPORT"] / "report.json", names["REPORT"] / "config.json"):
+        path.write_text('{"mine": true}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    message = refused(capsys, [str(names.get(word, word)) for word in command.split()])
+    assert "is an input of this command" in message or "was not written by this command" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_training_replaces_nothing_of_the_user(
+    voc_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from refinedet.detector import RefineDet
+
+    data, model = voc_folder(), RefineDet(PRESETS["smoke"].model, ("a",) * 20).save_pretrained(tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    command = ["train", "smoke", "--data", data, "--out"]
+    assert "is an input" in refused(capsys, [*command, data, "--init-weights", "random"])
+    assert "is an input" in refused(capsys, [*command, model, "--init", model])
+    assert "config.json: exists" in refused(capsys, [*command, model, "--init-weights", "random"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_home_is_expanded_in_every_output(
+    stub: StubDetector, photo: Callable[..., Path], voc_folder: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", "stub", str(photo("a.jpg")), "--save", "~/drawn", "--json", "~/r.json"]) == 0
+    assert cli.main(["evaluate", "stub", str(voc_folder()), "--report", "~/report"]) == 0
+    assert cli.main(["inspect", str(tmp_path / "voc"), "--mosaic", "~/m.png"]) == 0
+    assert sorted(path.name for path in home.iterdir()) == ["drawn", "m.png", "r.json", "report"]
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from refinedet.errors import UsageError
 from refinedet.training.trainer import CHECKPOINT_FILE, CONFIG_FILE, RunConfig, resume, train
 
 TABLE_FILE = "table.md"
+TABLE_SIGNATURE = "table written by refinedet"
+"""Stands in ``TABLE_FILE``, so that a later table may replace it."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import refinedet
 import refinedet.weights
 from refinedet.config import ModelConfig, Preset, TrainConfig
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import write_text
+from refinedet.files import check_output, check_output_folder, has_signature, json_text, user_path, write_text
 from refinedet.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _SIGNATURE = "boxes drawn by refinedet"
 """Written into drawn copies: only such files are overwritten when a command is repeated."""
+_JSON_SIGNATURE = "detections written by refinedet"
 _LARGE_SIDE = 16_000
 
 CallT = TypeVar("CallT")
@@ -367,7 +368,7 @@ def _train(arguments: list[str]) -> int:
         _at_least_one("--max-iterations", call.max_iterations)
         training = dataclasses.replace(training, iterations=min(training.iterations, call.max_iterations))
     chosen = Preset(model=call.model, train=training, summary=preset.summary)
-    out = Path("runs") / named if call.out is None else call.out.expanduser()
+    out = Path("runs") / named if call.out is None else user_path(call.out)
 
     from refinedet.training.trainer import train
 
@@ -386,7 +387,7 @@ def _train(arguments: list[str]) -> int:
 def _backbone_weights(given: str) -> Path | str:
     if given in ("torchvision", "random"):
         return given
-    path = Path(given).expanduser()
+    path = user_path(given)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; --init-weights takes a file, 'torchvision' or 'random'")
     return path
@@ -394,7 +395,7 @@ def _backbone_weights(given: str) -> Path | str:
 
 def _resume(arguments: list[str]) -> int:
     call = _parse(ResumeCall, "train", arguments)
-    folder = call.resume.expanduser()
+    folder = user_path(call.resume)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run folder")
 
@@ -430,14 +431,15 @@ def _evaluate(arguments: list[str]) -> int:
     from refinedet.detector import RefineDet
     from refinedet.device import pick_device
     from refinedet.evaluation.page import write_page
-    from refinedet.evaluation.report import evaluate
+    from refinedet.evaluation.report import check_report_folder, evaluate
 
-    data = Path(call.data).expanduser()
+    data = user_path(call.data)
     split = call.split
     if split is None:
         split = "test" if list_splits(data) else "all"
-    if call.report is not None:
-        _make_folder(call.report)
+    report_folder = None if call.report is None else user_path(call.report)
+    if report_folder is not None:
+        check_report_folder(report_folder, [data])
     model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
     report = evaluate(
         model,
@@ -457,8 +459,8 @@ def _evaluate(arguments: list[str]) -> int:
         print(f"mAP {100 * report['mAP']:.2f}")
     if call.submission is not None:
         print(f"submission: {call.submission}")
-    if call.report is not None:
-        folder = report.save(call.report)
+    if report_folder is not None:
+        folder = report.save(report_folder)
         page = write_page(report, folder, metrics_csv=_log_of_run(call.weights))
         print(f"report: {folder}  (see {page})")
     return 0
@@ -468,7 +470,7 @@ def _log_of_run(weights: str) -> Path | None:
     """metrics.csv, if the weights are a run folder or lie in one."""
     from refinedet.loggers import METRICS_FILE
 
-    path = Path(weights).expanduser()
+    path = user_path(weights)
     log = (path.parent if path.name in ("best", "last") else path) / METRICS_FILE
     # A model in the box goes before a folder of the same name.
     return log if refinedet.weights.folder_of(weights) is None and log.is_file() else None
@@ -489,18 +491,14 @@ def _predict(arguments: list[str]) -> int:
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
     files = expand_sources(call.images)
-    if call.save is not None:
-        _make_folder(call.save)
-    if call.json is not None:
-        if call.json.is_dir():
-            raise UsageError(f"{call.json}: is a folder; --json takes a file")
-        _make_folder(call.json.parent)
+    save = None if call.save is None else check_output_folder(user_path(call.save), ours=_SIGNATURE)
+    json_file = None if call.json is None else check_output(user_path(call.json), inputs=files, ours=_JSON_SIGNATURE)
 
     from refinedet.detector import RefineDet
     from refinedet.device import pick_device
 
     model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
-    copies = None if call.save is None else _Copies(call.save, files)
+    copies = None if save is None else _Copies(save, files)
     found: list[Detections] = []
     failed: list[dict[str, str]] = []
 
@@ -520,10 +518,10 @@ def _predict(arguments: list[str]) -> int:
                 found.append(detections)
             show(len(found) + len(failed), len(files))
     if copies is not None and copies.written:
-        print(f"drawn: {copies.written} image{'s' * (copies.written != 1)} in {call.save}")
-    if call.json is not None:
+        print(f"drawn: {copies.written} image{'s' * (copies.written != 1)} in {save}")
+    if json_file is not None:
         if call.json_format == "coco":
-            write_text(call.json, _json_text(_coco_results(found)))
+            write_text(json_file, json_text(_coco_results(found), _JSON_SIGNATURE))
         else:
             content = {
                 "model": call.weights,
@@ -532,8 +530,8 @@ def _predict(arguments: list[str]) -> int:
                 "images": [detections.to_dict() for detections in found],
                 "failed": failed,
             }
-            write_text(call.json, _json_text(content))
-        print(f"json: {call.json}")
+            write_text(json_file, json_text(content, _JSON_SIGNATURE))
+        print(f"json: {json_file}")
     return 1 if failed else 0
 
 
@@ -583,18 +581,6 @@ def _coco_results(found: Sequence[Detections]) -> list[dict[str, Any]]:
     ]
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "there is a file of that name" if isinstance(error, FileExistsError) else error.strerror
-        raise RefineDetError(f"{folder}: the folder cannot be made ({reason})") from None
-
-
-def _json_text(content: object) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
 class _Copies:
     """Drawn copies in a folder: every image its own file, and no file of the user overwritten."""
 
@@ -605,23 +591,10 @@ class _Copies:
         self.written = 0
 
     def write(self, original: Path, drawn: npt.NDArray[np.uint8]) -> Path:
-        from PIL import Image, PngImagePlugin
+        from refinedet.images import write_image
 
         target = self._target(original, large=max(drawn.shape) > _LARGE_SIDE)
-        aside = target.with_name(f".{target.name}.part")
-        picture = Image.fromarray(drawn)
-        try:
-            if target.suffix == ".png":
-                text = PngImagePlugin.PngInfo()
-                text.add_text("Software", _SIGNATURE)
-                picture.save(aside, format="PNG", pnginfo=text)
-            else:
-                picture.save(aside, format="JPEG", quality=92, subsampling=0, comment=_SIGNATURE)
-            os.replace(aside, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-            raise RefineDetError(f"{target}: cannot be written ({error.strerror or error})") from None
+        write_image(target, drawn, _SIGNATURE)
         self.written += 1
         return target
 
@@ -633,24 +606,15 @@ class _Copies:
             name = f"{original.stem}{'' if number == 1 else f'-{number}'}{ending}"
             target = self._folder / name
             # Compared in lower case: on many disks A.jpg and a.jpg are one file.
-            if name.lower() not in self._names and target.resolve() not in self._originals and _is_ours(target):
+            if name.lower() not in self._names and target.resolve() not in self._originals and _is_free(target):
                 self._names.add(name.lower())
                 return target
             number += 1
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file is absent or a copy drawn earlier."""
-    if not path.exists():
-        return True
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            signature = image.info.get("comment", image.info.get("Software", ""))
-    except (OSError, ValueError, SyntaxError):
-        return False
-    return signature in (_SIGNATURE, _SIGNATURE.encode())
+def _is_free(path: Path) -> bool:
+    """Whether there is nothing of that name, or a copy drawn earlier."""
+    return not os.path.lexists(path) or (path.is_file() and has_signature(path, _SIGNATURE))
 
 
 @contextlib.contextmanager
@@ -673,17 +637,19 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 def _inspect(arguments: list[str]) -> int:
     call = _parse(InspectCall, "inspect", arguments)
     names = _names(call.class_names)
+
+    from refinedet.data.health import MOSAIC_SIGNATURE, inspect_dataset
+
+    data = user_path(call.data)
+    mosaic = None
     if call.mosaic is not None:
-        _make_folder(call.mosaic.parent)
-
-    from refinedet.data.health import inspect_dataset
-
+        mosaic = check_output(user_path(call.mosaic), inputs=[data], ours=MOSAIC_SIGNATURE)
     with _progress("inspect") as show:
-        health = inspect_dataset(Path(call.data).expanduser(), split=call.split, class_names=names, progress=show)
+        health = inspect_dataset(data, split=call.split, class_names=names, progress=show)
     print(health.render())
-    if call.mosaic is not None:
-        health.write_mosaic(call.mosaic)
-        print(f"mosaic: {call.mosaic}")
+    if mosaic is not None:
+        health.write_mosaic(mosaic)
+        print(f"mosaic: {mosaic}")
     return 1 if any(problem.fatal for problem in health.problems) else 0
 
 
@@ -691,11 +657,12 @@ def _convert(arguments: list[str]) -> int:
     call = _parse(ConvertCall, "convert", arguments)
     preset = get_preset(call.preset)
     given = _names(call.class_names)
-    file, out = call.file.expanduser(), call.out.expanduser()
+    file, out = user_path(call.file), user_path(call.out)
     if not file.is_file():
         raise UsageError(f"{file}: {'is a folder' if file.is_dir() else 'no such file'}; convert takes a weight file")
     if (out / "model.safetensors").exists():
         raise UsageError(f"{out}: holds a model already; choose another --out")
+    check_output_folder(out, ("model.safetensors", "config.json", "README.md"), inputs=[file], ours=lambda _: False)
     # Of a detector, the file decides the number of classes; of a backbone, the names do.
     wanted = dataclasses.replace(preset.model, num_classes=len(given)) if given else preset.model
 
@@ -739,17 +706,15 @@ def _ablate(arguments: list[str]) -> int:
     weights = _backbone_weights(call.init_weights)
     names = _names(call.class_names)
     chosen = Preset(model=call.model, train=call.train, summary=preset.summary)
-    out = call.out.expanduser()
+    out = user_path(call.out)
 
-    from refinedet.ablations import TABLE_FILE, ablate, table
+    from refinedet.ablations import TABLE_FILE, TABLE_SIGNATURE, ablate, table
 
+    check_output_folder(out, [TABLE_FILE], ours=TABLE_SIGNATURE, inputs=call.data)
     found = ablate(chosen, list(call.data), out=out, backbone_weights=weights, class_names=names, device=call.device)
     if os.environ.get("RANK", "0") == "0":
         text = table(found, chosen)
-        try:
-            (out / TABLE_FILE).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise RefineDetError(f"{out / TABLE_FILE}: cannot be written ({error.strerror})") from None
+        write_text(out / TABLE_FILE, f"<!-- {TABLE_SIGNATURE} -->\n\n{text}")
         print(text, end="")
     return 0
 

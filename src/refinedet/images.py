@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import write_atomically
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
@@ -126,6 +127,35 @@ def expand_sources(sources: Iterable[str | Path]) -> list[Path]:
     if not files:
         raise UsageError("no images given; name files, folders or patterns")
     return files
+
+
+def write_image(path: Path, pixels: npt.NDArray[np.uint8], signature: str) -> None:
+    """Write pixels as a JPEG or PNG file that carries a signature, by which ``files.check_output`` recognises it.
+
+    Args:
+        path: the file; its ending decides the encoding.
+        pixels: (H, W, 3) uint8 RGB.
+        signature: such as "boxes drawn by refinedet".
+
+    Raises:
+        UsageError: an ending other than .jpg, .jpeg and .png.
+        RefineDetError: the file cannot be written; what it held before is still there.
+    """
+    ending = path.suffix.lower()
+    if ending not in (".jpg", ".jpeg", ".png"):
+        raise UsageError(f"{path}: images are written as JPEG or PNG; name a .jpg or .png file")
+
+    def write(part: Path) -> None:
+        image = Image.fromarray(pixels)
+        if ending == ".png":
+            text = PngImagePlugin.PngInfo()
+            text.add_text("Software", signature)
+            image.save(part, format="PNG", pnginfo=text)
+        else:
+            # Full colour resolution: halved chroma would smear thin lines.
+            image.save(part, format="JPEG", quality=92, subsampling=0, comment=signature)
+
+    write_atomically(path, write)
 
 
 def _open(path: Path) -> Image.Image:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import failure_reason, write_text
 
 METRICS_FILE = "metrics.csv"
 """The CSV file of a run folder."""
@@ -125,7 +126,7 @@ class CsvLogger:
     rows stay empty there), so the columns never shift. Every call reaches the file before it returns.
 
     Args:
-        path: The file; its folder must exist.
+        path: The file; its folder is made if needed.
         resume_step: None starts a new table. Otherwise rows of later iterations are dropped, for a resumed run will
             write them again, and so is a last row that a crash cut short.
 
@@ -203,25 +204,18 @@ class CsvLogger:
     def _rewrite(self, rows: Sequence[tuple[int, dict[str, str]]]) -> None:
         """Write the whole table aside and move it into place, then go on at its end."""
         self.close()
-        aside = self._path.with_name(self._path.name + ".part")
+        lines = [_csv_line([_STEP, *self._names])] if self._names else []
+        lines += [self._line(step, row) for step, row in rows]
+        write_text(self._path, "".join(lines))
         try:
-            with aside.open("w", encoding="utf-8", newline="") as file:
-                if self._names:
-                    file.write(_csv_line([_STEP, *self._names]))
-                offset = file.tell()
-                for step, row in rows:
-                    offset = file.tell()
-                    file.write(self._line(step, row))
-            os.replace(aside, self._path)
             self._file = self._path.open("r+", encoding="utf-8", newline="")
-            self._file.seek(0, os.SEEK_END)
+            self._last_offset = self._file.seek(0, os.SEEK_END) - (len(lines[-1].encode()) if rows else 0)
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise self._unwritable(error) from None
-        self._last, self._last_offset = (rows[-1] if rows else None), offset
+        self._last = rows[-1] if rows else None
 
     def _unwritable(self, error: OSError) -> RefineDetError:
-        return RefineDetError(f"{self._path}: cannot be written ({error.strerror or error})")
+        return RefineDetError(f"{self._path}: cannot be written ({failure_reason(error)})")
 
 
 def _csv_line(cells: Sequence[str]) -> str:

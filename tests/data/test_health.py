@@ -125,9 +125,10 @@ def test_mosaic(voc_folder: FolderFactory, tmp_path: Path) -> None:
 def test_mosaic_that_cannot_be(voc_folder: FolderFactory, tmp_path: Path) -> None:
     root = voc_folder(images=1)
     report = inspect_dataset(root)
-    with pytest.raises(RefineDetError, match="the mosaic cannot be written"):
-        report.write_mosaic(tmp_path / "none" / "a.png")
-    with pytest.raises(RefineDetError, match=r"name a \.jpg or \.png file"):
+    (tmp_path / "file").touch()
+    with pytest.raises(RefineDetError, match=r"a\.png: cannot be written .*there is a file of that name"):
+        report.write_mosaic(tmp_path / "file" / "a.png")
+    with pytest.raises(UsageError, match=r"name a \.jpg or \.png file"):
         report.write_mosaic(tmp_path / "a.xyz")
     with pytest.raises(UsageError, match="at least 1 column"):
         report.write_mosaic(tmp_path / "a.png", columns=0)

@@ -143,7 +143,7 @@ def test_report_json_round_trip(voc_folder: FolderFactory, tmp_path: Path, metri
         raise AssertionError(f"{constant} is not JSON")
 
     saved = json.loads((folder / "report.json").read_text(), parse_constant=refuse)
-    assert saved == report.to_dict()
+    assert saved == {"generator": "report written by refinedet", **report.to_dict()}
     assert saved["per_class"]["unicorn"] is None
     assert saved["figures"]["mAP"] == report["mAP"]
     assert saved["settings"]["model"]["image_size"] == [320, 320]
@@ -174,7 +174,7 @@ def test_report_cannot_be_written(voc_folder: FolderFactory, tmp_path: Path) -> 
     report = evaluate_detections(dataset, right_answers(dataset))
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(RefineDetError, match=r"file.*cannot be written") as caught:
+    with pytest.raises(RefineDetError, match=r"file.*cannot be made") as caught:
         report.save(blocked)
     assert "\n" not in str(caught.value)
 

@@ -14,10 +14,13 @@ from refinedet.data.layouts import open_dataset
 from refinedet.data.problems import REPEATED, UNREADABLE, Problem
 from refinedet.data.records import DetectionDataset
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.images import read_image
+from refinedet.files import check_output
+from refinedet.images import read_image, write_image
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the sizes of boxes: smallest, 5%, quarter, median, three quarters, 95%, largest."""
+MOSAIC_SIGNATURE = "mosaic drawn by refinedet"
+"""Stands in the file, so that a later mosaic may replace it."""
 _MOSAIC_SIDE = 480
 """Longest side of a picture in the mosaic, in pixels: sixteen photos must stay one viewable file."""
 
@@ -113,11 +116,12 @@ class HealthReport:
         """Write one picture that shows ``count`` random pictures with their boxes drawn.
 
         Raises:
-            UsageError: no picture can be read, or a number is not positive.
+            UsageError: no image can be read, a number is not positive, or the file is there and no earlier mosaic.
             RefineDetError: the file cannot be written.
         """
         from refinedet import draw  # Drawing is not needed to read data.
 
+        check_output(Path(path), inputs=[self.path], ours=MOSAIC_SIGNATURE)
         if columns < 1 or count < 1:
             raise UsageError(f"a mosaic needs at least 1 column and 1 image, not {columns} and {count}")
         broken = set(self.unreadable)
@@ -132,10 +136,7 @@ class HealthReport:
             image, boxes = _fit(self.dataset.load_image(usable[position]), record.boxes)
             tiles.append(draw.draw_boxes(image, boxes, record.labels, self.dataset.class_names))
         sheet = draw.mosaic(tiles, columns, cell=_MOSAIC_SIDE)
-        try:
-            Image.fromarray(sheet).save(path)
-        except (OSError, ValueError) as error:
-            raise RefineDetError(f"{path}: the mosaic cannot be written ({error}); name a .jpg or .png file") from None
+        write_image(Path(path), sheet, MOSAIC_SIGNATURE)
 
 
 def inspect_dataset(

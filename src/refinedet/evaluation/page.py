@@ -463,7 +463,7 @@ def _document(report: Report, headline: str, sections: Sequence[_Section]) -> st
         f'<section id="{section.anchor}"><h2>{section.title}</h2>{section.body}</section>' for section in sections
     )
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<!DOCTYPE html>\n<!-- report written by refinedet -->\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>RefineDet on {title}</title>\n<style>\n{style}</style></head>\n<body><main>"
         f'<header><p class="eyebrow">RefineDet, evaluation</p><h1>{title}</h1><dl>{facts}</dl></header>\n{headline}'

@@ -8,6 +8,7 @@ image can count twice and the order in which they were found does not matter.
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -31,6 +32,7 @@ from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.metrics import COCO_NAMES, CURVE_RECALLS, coco_average_precision, voc_average_precision
 from refinedet.evaluation.multiscale import MultiScale, SizedDetector
 from refinedet.evaluation.submission import plan_submission
+from refinedet.files import check_output_folder, has_signature, json_text, make_folder, write_text
 
 if TYPE_CHECKING:
     from refinedet.detections import Detections
@@ -43,6 +45,10 @@ METRICS: dict[str, str] = {
     "coco": "COCO AP, IoU 0.50:0.95",
 }
 """The figures, and how a table names them."""
+
+REPORT_FILE = "report.json"
+REPORT_SIGNATURE = "report written by refinedet"
+"""Stands in ``REPORT_FILE``: a folder with it holds an earlier report, which may be replaced."""
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) after every batch."""
@@ -189,24 +195,32 @@ class Report(Mapping[str, float]):
         Raises:
             RefineDetError: the folder cannot be made or written to.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            report = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
-            (folder / "report.json").write_text(report + "\n", encoding="utf-8")
-            # One detection per line: a million of them stay readable, and a diff of two runs is a diff of detections.
-            lines = (json.dumps(item, allow_nan=False) for item in self.results())
-            (folder / "detections.json").write_text("[" + ",\n".join(lines) + "]\n", encoding="utf-8")
-            with (folder / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(["class", "objects", "AP"])
-                for name, value in self.per_class.items():
-                    writer.writerow([name, self.objects[name], "" if math.isnan(value) else value])
-        except OSError as error:
-            raise RefineDetError(
-                f"{folder}: the report cannot be written ({error.strerror}); choose a folder you may write to"
-            ) from None
+        folder = make_folder(Path(folder))
+        # One detection per line: a million of them stay readable, and a diff of two runs is a diff of detections.
+        lines = (json.dumps(item, allow_nan=False) for item in self.results())
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["class", "objects", "AP"])
+        for name, value in self.per_class.items():
+            writer.writerow([name, self.objects[name], "" if math.isnan(value) else value])
+        write_text(folder / "detections.json", "[" + ",\n".join(lines) + "]\n")
+        write_text(folder / "per_class.csv", table.getvalue())
+        # Last: it is what a report folder is recognised by.
+        write_text(folder / REPORT_FILE, json_text(self.to_dict(), REPORT_SIGNATURE, indent=2))
         return folder
+
+
+def check_report_folder(folder: Path, inputs: Sequence[str | Path] = ()) -> None:
+    """Find out before the work whether a report may and can be written into a folder.
+
+    Raises:
+        UsageError: the folder is one of ``inputs``, or holds files of a report's names that are of another origin.
+        RefineDetError: it cannot be made or written to.
+    """
+    names = (REPORT_FILE, "detections.json", "per_class.csv", "index.html", "images/worst-01.jpg")
+    check_output_folder(
+        folder, names, inputs=inputs, ours=lambda _: has_signature(folder / REPORT_FILE, REPORT_SIGNATURE)
+    )
 
 
 def evaluate(

@@ -7,6 +7,7 @@ also as a zip archive, a list of image_id, category_id, bbox (x, y, width, heigh
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -22,10 +23,12 @@ from refinedet.data.layouts import LAYOUTS
 from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import UsageError
-from refinedet.files import write_atomically
+from refinedet.files import LIST_MARK, check_output, encoded, user_path, write_atomically
 
 _VOC_ENDINGS = (".zip", ".tar.gz", ".tgz")
 _COCO_ENDINGS = (".zip", ".json")
+_SIGNATURE = "submission written by refinedet"
+"""Stands in the files, so that a later submission may replace them."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,11 @@ def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) ->
         metric: "voc07" or "voc" for VOC's server, "coco" for COCO's.
 
     Raises:
-        UsageError: an ending that the server does not take, a folder, data of another layout than the server's, a
-            metric of the other server, or several VOC years at once.
+        UsageError: an ending that the server does not take, an existing file that is no submission of ours, data of
+            another layout than the server's, a metric of the other server, or several VOC years at once.
+        RefineDetError: the file cannot be written there.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     server = LAYOUTS[dataset.layout].server
     if server is None:
         raise UsageError(
@@ -99,8 +103,7 @@ def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) ->
         raise UsageError(
             f"{path}: results for the {server.upper()} server are a file that ends in {' or '.join(endings)}"
         )
-    if path.is_dir():
-        raise UsageError(f"{path}: is a folder; give the name of a file")
+    check_output(path, inputs=[dataset.path], ours=_SIGNATURE)
     if server == "coco":
         name = path.name[: -len(ending)]
         if not re.fullmatch(r"detections_.+_results", name):
@@ -152,23 +155,30 @@ def _coco_text(
 
 
 def _write_text(path: Path, files: Iterator[tuple[str, Iterator[str]]]) -> None:
-    with path.open("w", encoding="utf-8") as stream:
+    with path.open("wb") as stream:
         for _, text in files:
-            stream.writelines(text)
+            stream.writelines(encoded(piece) for piece in text)
+        stream.write(LIST_MARK.encode())
 
 
 def _write_zip(path: Path, files: Iterator[tuple[str, Iterator[str]]]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.comment = _SIGNATURE.encode()
         for name, text in files:
             with archive.open(name, "w", force_zip64=True) as stream:
                 for piece in text:
-                    stream.write(piece.encode())
+                    stream.write(encoded(piece))
 
 
 def _write_tar(path: Path, files: Iterator[tuple[str, Iterator[str]]]) -> None:
-    with tarfile.open(path, "w:gz") as archive:
+    # The name that a gzip header has room for carries the signature.
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(_SIGNATURE, "wb", fileobj=raw) as compressed,
+        tarfile.open(fileobj=compressed, mode="w") as archive,
+    ):
         for name, text in files:
-            data = "".join(text).encode()
+            data = encoded("".join(text))
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))

@@ -25,6 +25,7 @@ from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.page import write_page
 from refinedet.evaluation.report import Report, collect_detections, evaluate_detections
+from refinedet.files import check_output_folder, read_json, user_path
 from refinedet.loggers import METRICS_FILE, ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
 from refinedet.model.backbones import imagenet_state
 from refinedet.training.batches import Batch, training_batches
@@ -104,11 +105,14 @@ def train(
         UsageError: the call or the data's layout is wrong, or ``out`` holds a run.
         RefineDetError: bad files, a full disk, a loss that is no finite number.
     """
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     # A run that stopped before its first checkpoint has nothing to lose, and nothing to resume from.
     if (folder / CHECKPOINT_FILE).exists():
         raise UsageError(f"{folder}: holds a run already; continue it with --resume {folder} or choose another --out")
     paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
+    read = [path for path in (*paths, init, backbone_weights) if path is not None]
+    for part in (folder, folder / "best", folder / "last"):
+        check_output_folder(part, (CONFIG_FILE, METRICS_FILE), inputs=read, ours=lambda _: _is_run(folder))
     if init is not None and backbone_weights is not None:
         raise UsageError("give either a model to start from or backbone weights, not both")
     with join_world(device) as world:
@@ -159,6 +163,14 @@ def resume(run_folder: str | Path, *, device: str = "auto", stop: Callable[[], b
             reason = str(error).splitlines()[0]
             raise RefineDetError(f"{folder / CHECKPOINT_FILE}: does not fit the run's config ({reason})") from None
         return trainer.run(stop)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder holds the settings of a run, which one that saved nothing yet may replace."""
+    try:
+        return "preset" in read_json(folder / CONFIG_FILE)
+    except (RefineDetError, TypeError):
+        return False
 
 
 def _initialise(
