@@ -20,7 +20,6 @@ from refinedet.data.problems import (
     ProblemLog,
     shorten,
     unknown_class,
-    unknown_split,
 )
 from refinedet.data.records import (
     BoxRules,
@@ -31,6 +30,7 @@ from refinedet.data.records import (
     RecordBuilder,
     without_objects,
 )
+from refinedet.data.splits import choose_split
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json
 from refinedet.images import read_image_size
@@ -147,17 +147,8 @@ def _split_name(file: Path) -> str:
 
 def _choose(path: Path, split: str, files: dict[str, Path]) -> list[str]:
     chosen: dict[str, None] = {}
-    for part in (part.strip() for part in split.split("+")):
-        # COCO's splits carry a year ("val2017"); Roboflow says "valid".
-        near = [name for name in files if name.startswith(part) and name[len(part) :].isdigit() and part]
-        if part in files:
-            chosen[part] = None
-        elif len(near) == 1:
-            chosen[near[0]] = None
-        elif part == "val" and "valid" in files:
-            chosen["valid"] = None
-        else:
-            raise unknown_split(path, part, sorted(files))
+    for part in split.split("+"):
+        chosen[choose_split(path, part.strip(), sorted(files))] = None
     return list(chosen)
 
 

@@ -43,6 +43,16 @@ NAME_DIFFERS = ProblemKind(
 )
 REPEATED = ProblemKind("box repeated in its image", "boxes repeated in their images", "object", lost=False)
 UNREADABLE = ProblemKind("image that cannot be read", "images that cannot be read", "image")
+NOT_A_FILE = ProblemKind(
+    "pipe, device or broken link passed over", "pipes, devices or broken links passed over", "image"
+)
+SEVERAL_IMAGES = ProblemKind("image that shares its label file", "images that share their label file", "image")
+NO_IMAGE = ProblemKind("label file without an image", "label files without an image", "image")
+OTHER_PLACE = ProblemKind(
+    "label file found under another name or place", "label files found under another name or place", "file", lost=False
+)
+ODD_VALUE = ProblemKind("value that was not understood", "values that were not understood", "file", lost=False)
+SECOND_BOX = ProblemKind("object with several boxes", "objects with several boxes", "file", lost=False)
 UNUSABLE = ProblemKind("file that cannot be used", "files that cannot be used", "image")
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from refinedet.data.problems import FaultyFileError, ProblemLog, unknown_class, unknown_split
+from refinedet.data.problems import FaultyFileError, ProblemLog, unknown_class
 from refinedet.data.records import BoxRules, DetectionDataset, Layout, ReadRequest, Record, RecordBuilder
+from refinedet.data.splits import choose_split
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import is_image_name, read_image_size
 
@@ -72,9 +73,7 @@ def read_yolo(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
     available = _splits(document)
     images: dict[Path, None] = {}
     for part in available if split is None else [part.strip() for part in split.split("+")]:
-        key = "val" if part == "valid" else part
-        if key not in available:
-            raise unknown_split(file, part, available)
+        key = choose_split(file, part, available)
         found = _images_of(file, document, key, log)
         if not found and split is not None:
             raise UsageError(f"{file}: split '{part}' has no images")
