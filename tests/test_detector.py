@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +106,47 @@ def test_predicting_leaves_the_network_as_it_was(model: RefineDet) -> None:
     assert model.network.training
     model.network.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.network.state_dict().items())
+
+
+def test_threads_predict_the_same_while_the_network_is_trained() -> None:
+    torch.manual_seed(1)
+    own = RefineDet(CONFIG, ("cat", "dog"))
+    image = pictures(1)[0]
+    expected = own.predict(image, threshold=None)
+    running = threading.Event()
+    running.set()
+
+    def switch() -> None:
+        while running.is_set():
+            own.network.train()
+            own.network.eval()
+
+    def predict(_: int) -> tuple[bool, bool]:
+        found = own.predict(image, threshold=None)
+        return np.array_equal(found.scores, expected.scores), np.array_equal(found.boxes, expected.boxes)
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(predict, range(40)))
+    finally:
+        running.clear()
+        switching.join()
+    assert results == [(True, True)] * 40
+    own.network.train()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(predict, range(20))) == [(True, True)] * 20
+    assert all(module.training for module in own.network.modules())
+
+
+def test_frozen_stages_keep_their_own_mode() -> None:
+    own = RefineDet(dataclasses.replace(CONFIG, frozen_stages=2), ("cat", "dog"))
+    own.network.train()
+    modes = [module.training for module in own.network.modules()]
+    assert not all(modes)
+    own.predict(pictures(1)[0])
+    assert [module.training for module in own.network.modules()] == modes
 
 
 def test_round_trip(model: RefineDet, tmp_path: Path) -> None:

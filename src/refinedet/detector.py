@@ -22,7 +22,7 @@ from refinedet.files import read_json, write_bytes, write_text
 from refinedet.images import read_image
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
-from refinedet.model.network import RefineDetNetwork
+from refinedet.model.network import RefineDetNetwork, evaluation_view
 from refinedet.model.postprocess import linear_soft_nms, postprocess
 from refinedet.preprocess import preprocess
 
@@ -171,14 +171,9 @@ class RefineDet:
         if not (height >= 64 and width >= 64 and height % 64 == 0 and width % 64 == 0):
             raise UsageError(f"size must be two multiples of 64, not {size!r}")
         inputs = torch.from_numpy(np.stack([preprocess(image, self.config, (height, width)) for image in images]))
-        training = self.network.training
-        self.network.eval()
-        try:
-            with torch.inference_mode():
-                inputs = inputs.to(self.device).contiguous(memory_format=torch.channels_last)
-                found = postprocess(self.network(inputs), self.config)
-        finally:
-            self.network.train(training)
+        with torch.inference_mode():
+            inputs = inputs.to(self.device).contiguous(memory_format=torch.channels_last)
+            found = postprocess(evaluation_view(self.network)(inputs), self.config)
         boxes, scores, labels = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels))
         results = []
         for row, (image, count) in enumerate(zip(images, found.counts.tolist(), strict=True)):

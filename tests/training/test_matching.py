@@ -81,6 +81,25 @@ def test_a_hundred_objects_with_fewer_or_more_anchors(seed: int, count: int) -> 
     compare(anchors, oracles.random_targets(generator, [100, 3], 20), 0.5)
 
 
+@pytest.mark.parametrize("seed", range(300))
+def test_the_queue_makes_the_pairs_of_the_rounds(seed: int) -> None:
+    """Crowded images, bit for bit: on a coarse grid most overlaps are tied, and many targets want the same anchors."""
+    generator = torch.Generator().manual_seed(seed)
+    count, objects = (int(torch.randint(1, most, (), generator=generator)) for most in (90, 60))
+    if seed % 3 == 0:
+        anchors = oracles.random_boxes(generator, count, smallest=16, largest=64, side=100)
+        boxes = oracles.random_boxes(generator, objects, smallest=16, largest=64, side=100)
+    else:
+        corner = torch.randint(0, 5, (count + objects, 2), generator=generator)
+        grid = torch.cat([corner, corner + torch.randint(1, 4, (count + objects, 2), generator=generator)], dim=1)
+        anchors, boxes = grid[:count].float(), grid[count:].float()
+    labels = torch.randint(-1 if seed % 2 else 0, 3, (1, objects), generator=generator)
+    targets = Targets(boxes[None], labels)
+    queue, rounds = match(anchors, targets, 0.5), match_together(anchors[None], targets, 0.5)
+    assert torch.equal(queue.target, rounds.target)
+    assert torch.equal(queue.overlap, rounds.overlap)
+
+
 def test_two_targets_that_want_one_anchor() -> None:
     # Anchor 0 = (0, 0, 10, 10) is the best of both targets: 8 / 10 and 9 / 10 of it. The better pair comes first; the
     # other target takes anchor 1 = (0, 5, 10, 15) although it overlaps little: 10 x 3 of 80 + 100 - 30 = 150: 0.2.

@@ -1,14 +1,17 @@
 """Which anchors are positive, which negatives are mined (paper, section 4; official bbox_util.cpp:624-760, 1078-1187).
 
-Everything is batched: images of a batch are padded to the same number of targets, and no step waits for the device.
-Only on a CPU, which has nothing to wait for, are images matched one by one.
+On an accelerator everything is batched: images of a batch are padded to the same number of targets, and no step waits
+for the device. A CPU has nothing to wait for; there images are matched one by one, with the same outcome.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +19,8 @@ from refinedet import boxes as box_ops
 
 _SMALLEST_OVERLAP = 1e-6
 """The greedy step wants more overlap than this (official code): a target that touches no anchor gets none."""
+_OVERLAPS_AT_ONCE = 1 << 18
+"""On a CPU overlaps are computed in pieces of about this many, so that the intermediate results stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +87,80 @@ def match(anchors: Tensor, targets: Targets, positive_iou: float) -> Match:
     anchors = anchors.expand(batch, count, 4)
     if targets.labels.device.type != "cpu":
         return match_together(anchors, targets, positive_iou)
-    # Each image alone, up to the last of its own targets: work on padding costs a CPU more than this loop.
-    counts = [max((n + 1 for n, valid in enumerate(row) if valid), default=0) for row in targets.valid.tolist()]
-    singles = [
-        match_together(
-            anchors[i : i + 1], Targets(targets.boxes[i : i + 1, :n], targets.labels[i : i + 1, :n]), positive_iou
+    matches = [_match_image(anchors[i], targets.boxes[i], targets.valid[i].numpy(), positive_iou) for i in range(batch)]
+    nothing = torch.empty(0, count)
+    return Match(
+        torch.stack([target for target, _ in matches]) if matches else nothing.long(),
+        torch.stack([overlap for _, overlap in matches]) if matches else nothing,
+    )
+
+
+def _match_image(
+    anchors: Tensor, boxes: Tensor, valid: npt.NDArray[np.bool_], positive_iou: float
+) -> tuple[Tensor, Tensor]:
+    """``match`` of one image on a CPU: (A, 4) anchors and (G, 4) boxes to the (A,) targets and (A,) best overlaps."""
+    count = len(anchors)
+    index_of = np.flatnonzero(valid)  # rows of the overlaps are the image's own targets, without the padding
+    best_overlap, best_row = anchors.new_zeros(count), torch.zeros(count, dtype=torch.int64)
+    overlaps = anchors.new_empty(len(index_of), count)
+    own_boxes = boxes[torch.from_numpy(index_of)]
+    step = max(1, _OVERLAPS_AT_ONCE // max(1, count))
+    for first in range(0, len(index_of), step):
+        # NaN (boxes that are no numbers) must never win.
+        part = box_ops.iou(own_boxes[first : first + step], anchors).nan_to_num_(nan=0.0)
+        overlaps[first : first + step] = part
+        value, row = part.max(dim=0)
+        # Of equal overlaps the target of lower index stays.
+        better = value > best_overlap
+        best_row = torch.where(better, row + first, best_row)
+        best_overlap = torch.where(better, value, best_overlap)
+    matched = np.full(count, -1, dtype=np.int64)
+    if len(index_of):
+        reached = (best_overlap >= positive_iou).numpy()
+        matched[reached] = index_of[best_row.numpy()[reached]]
+        for target_row, anchor in _greedy_pairs(overlaps.numpy()):
+            matched[anchor] = index_of[target_row]
+    return torch.from_numpy(matched), best_overlap
+
+
+def _greedy_pairs(overlaps: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
+    """The pairs (target, anchor) of the greedy step, from the (G, A) overlaps, in the order in which they are made.
+
+    A queue holds each free target's best anchor, as it was when the target was queued. What it names first is the
+    next pair unless that anchor has been taken since; then only this target looks for its next best anchor. Overlaps of
+    a target with its next anchors only fall, so the order of the queue stays right.
+    """
+    best = overlaps.argmax(axis=1) if overlaps.shape[1] else np.zeros(0, dtype=np.intp)
+    queue = [
+        (-value, anchor, row)
+        for row, (anchor, value) in enumerate(
+            zip(best.tolist(), overlaps[np.arange(len(best)), best].tolist(), strict=True)
         )
-        for i, n in enumerate(counts)
+        if value > _SMALLEST_OVERLAP
     ]
-    return Match(torch.cat([one.target for one in singles]), torch.cat([one.overlap for one in singles]))
+    heapq.heapify(queue)
+    # What a target falls back on: its anchors from the best one on, made when it is needed for the first time.
+    fallbacks: dict[int, tuple[list[int], list[float]]] = {}
+    position = [0] * len(best)
+    taken: set[int] = set()
+    pairs = []
+    while queue:
+        _, anchor, row = heapq.heappop(queue)
+        if anchor not in taken:
+            taken.add(anchor)
+            pairs.append((row, anchor))
+            continue
+        if row not in fallbacks:
+            touched = np.flatnonzero(overlaps[row] > _SMALLEST_OVERLAP)
+            # There are not more anchors to avoid than other targets.
+            order = touched[np.argsort(-overlaps[row, touched], kind="stable")][: len(best)]
+            fallbacks[row] = order.tolist(), (-overlaps[row, order]).tolist()
+        anchors, negated = fallbacks[row]
+        while position[row] < len(anchors) and anchors[position[row]] in taken:
+            position[row] += 1
+        if position[row] < len(anchors):
+            heapq.heappush(queue, (negated[position[row]], anchors[position[row]], row))
+    return pairs
 
 
 @torch.no_grad()
