@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 VOC_CLASSES = (
@@ -144,3 +145,19 @@ def match_classes(names: Sequence[str], start_names: Sequence[str]) -> tuple[int
             label = table.get(key) if label is None else label
         matched.append(label)
     return tuple(matched)
+
+
+_LONGEST_NAME = 200
+_NO_TEXT = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode categories of control characters, lone surrogates and line breaks, which no table or file can hold."""
+
+
+def fault_of_name(name: str) -> str | None:
+    """Why a text cannot be the name of a class, in words that follow "its name"; None if it can."""
+    if not name.strip():
+        return "is empty"
+    if len(name) > _LONGEST_NAME:
+        return f"has {len(name)} letters; at most {_LONGEST_NAME} are possible"
+    if any(unicodedata.category(letter) in _NO_TEXT for letter in name):
+        return "has a line break or another control character"
+    return None

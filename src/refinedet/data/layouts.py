@@ -26,6 +26,7 @@ def open_dataset(
     *,
     strict: bool = True,
     require_annotations: bool = True,
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """Read all annotations of a split; the layout is recognised by ``detect_layout``.
 
@@ -42,6 +43,10 @@ def open_dataset(
             image has no XML; COCO, a JSON without "annotations" (image_info_test-dev2017.json). Such a split is read
             without any objects and its ``annotated`` is False. COCO then refuses class names that are no category, as
             results of such a class could not be written.
+        allow_outside: annotation files and lists may name files outside the folder of the data. Otherwise such entries
+            are refused, since data from elsewhere must not decide which files of this machine are read. The folder of
+            the data is the one opened or the one that holds the opened file; for YOLO also the folders that data.yaml
+            names by absolute paths or in its key ``path``, as those are the user's own statement.
 
     Boxes that reach outside the image are clipped, boxes without an area are dropped, each with a ``Problem``, in
     both modes.
@@ -59,7 +64,8 @@ def open_dataset(
         class_names = names
     log = ProblemLog(strict=strict)
     whole, bounds = _split_part(split)
-    request = ReadRequest(root, None if whole in ("all", "") else whole, class_names, require_annotations)
+    part = None if whole in ("all", "") else whole
+    request = ReadRequest(root, part, class_names, require_annotations, allow_outside)
     dataset = layout.read(request, log)
     dataset.problems = log.problems
     if bounds is not None:
@@ -73,7 +79,11 @@ def open_dataset(
 
 
 def open_joined(
-    paths: Sequence[str | Path], split: str | None, class_names: Sequence[str] | None = None
+    paths: Sequence[str | Path],
+    split: str | None,
+    class_names: Sequence[str] | None = None,
+    *,
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """The records of a split of several datasets in one.
 
@@ -81,11 +91,12 @@ def open_joined(
         paths: at least one, each as for ``open_dataset``.
         split: as for ``open_dataset``, the same for all.
         class_names: as for ``open_dataset``.
+        allow_outside: as for ``open_dataset``.
 
     Raises:
         UsageError: their class names differ and none were given; otherwise as ``open_dataset``.
     """
-    parts = [open_dataset(path, split, class_names) for path in paths]
+    parts = [open_dataset(path, split, class_names, allow_outside=allow_outside) for path in paths]
     first = parts[0]
     for path, part in zip(paths, parts, strict=True):
         if part.class_names != first.class_names:

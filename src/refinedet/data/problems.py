@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,14 @@ LISTED_TWICE = ProblemKind("entry listed twice", "entries listed twice", "file",
 NAME_DIFFERS = ProblemKind(
     "annotation that names another image file", "annotations that name another image file", "file", lost=False
 )
+FOUND_ELSEWHERE = ProblemKind(
+    "image or folder found in another place than stated",
+    "images or folders found in other places than stated",
+    "file",
+    lost=False,
+)
+PARTS_IGNORED = ProblemKind("annotation read only in part", "annotations read only in part", "file", lost=False)
+SPLIT_MISSING = ProblemKind("split that is not there", "splits that are not there", "file")
 REPEATED = ProblemKind("box repeated in its image", "boxes repeated in their images", "object", lost=False)
 UNREADABLE = ProblemKind("image that cannot be read", "images that cannot be read", "image")
 NOT_A_FILE = ProblemKind(
@@ -69,10 +78,13 @@ class Problem:
     a missing value filled in, or an image without annotation passed over."""
     kind: ProblemKind = UNUSABLE
     """What it is counted under."""
+    count: int = 1
+    """How often it occurs; ``path`` and ``message`` are those of the first occurrence."""
 
     def __str__(self) -> str:
-        """``path: message``."""
-        return f"{self.path}: {self.message}"
+        """``path: message``, with the number of further occurrences."""
+        more = f" (and {self.count - 1} more like it)" if self.count > 1 else ""
+        return f"{self.path}: {self.message}{more}"
 
 
 class FaultyFileError(RefineDetError):
@@ -93,21 +105,44 @@ class ProblemLog:
         """Start without problems."""
         self.strict = strict
         self.problems: list[Problem] = []
+        self._position_of_cause: dict[str, int] = {}
 
-    def note(self, path: Path, message: str, kind: ProblemKind) -> None:
-        """Remember something that was repaired."""
-        self.problems.append(Problem(path, message, fatal=False, kind=kind))
+    def note(self, path: Path, message: str, kind: ProblemKind, *, cause: str | None = None, count: int = 1) -> None:
+        """Remember something that was repaired.
 
-    def fatal(self, error: FaultyFileError) -> None:
-        """Raise ``error`` (strict) or remember it (lenient)."""
+        Args:
+            path: the file.
+            message: one line without the path.
+            kind: what it is counted under.
+            cause: what many problems come from, such as a line of the file that describes the dataset. Later problems
+                of the same cause only raise the count of the first.
+            count: how often it occurs.
+        """
+        self._add(Problem(path, message, fatal=False, kind=kind, count=count), cause)
+
+    def fatal(self, error: FaultyFileError, *, cause: str | None = None, count: int = 1) -> None:
+        """Raise ``error`` (strict) or remember it (lenient); ``cause`` and ``count`` are as for ``note``."""
         if self.strict:
             raise error
-        self.problems.append(Problem(error.path, error.reason, fatal=True, kind=error.kind))
+        self._add(Problem(error.path, error.reason, fatal=True, kind=error.kind, count=count), cause)
+
+    def _add(self, problem: Problem, cause: str | None) -> None:
+        position = None if cause is None else self._position_of_cause.get(cause)
+        if position is None:
+            if cause is not None:
+                self._position_of_cause[cause] = len(self.problems)
+            self.problems.append(problem)
+        else:
+            first = self.problems[position]
+            self.problems[position] = replace(first, count=first.count + problem.count)
 
 
 def count_kinds(problems: Iterable[Problem]) -> list[tuple[ProblemKind, int]]:
     """How many problems there are of each kind, the commonest first."""
-    return Counter(problem.kind for problem in problems).most_common()
+    counts: Counter[ProblemKind] = Counter()
+    for problem in problems:
+        counts[problem.kind] += problem.count
+    return counts.most_common()
 
 
 def describe_kinds(problems: Iterable[Problem], most: int | None = None) -> str:
@@ -138,3 +173,12 @@ def unknown_class(path: Path, name: str, known: Sequence[str], where: str = "") 
 def shorten(names: Sequence[str], most: int = 8) -> str:
     """Names joined by commas, cut after ``most``."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
+
+
+def short_repr(value: object) -> str:
+    """A value of a file for a message: its ``repr``, which has no line breaks or control characters, cut where long."""
+    return _REPR.repr(value)

@@ -173,6 +173,8 @@ class ReadRequest:
     """In label order; None takes those of the data."""
     require_annotations: bool = True
     """False also reads splits whose annotations are kept by a server."""
+    allow_outside: bool = False
+    """Whether entries of annotation files and lists may name files outside the folder of the data."""
 
 
 @dataclass(frozen=True)
