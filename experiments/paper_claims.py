@@ -48,8 +48,8 @@ from refinedet.draw import read_curves
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.report import Report, evaluate
 from refinedet.files import write_text
-from refinedet.loggers import METRICS_FILE
 from refinedet.presets import get_preset
+from refinedet.training.run import METRICS_FILE
 
 SETTINGS_FILE = "settings.json"
 SSD = "ssd300"

@@ -38,14 +38,14 @@ from refinedet.detector import RefineDet
 from refinedet.device import pick_device
 from refinedet.draw import read_curves
 from refinedet.files import write_text
-from refinedet.loggers import METRICS_FILE
 from refinedet.model.network import Predictions
 from refinedet.model.postprocess import postprocess
 from refinedet.presets import PRESETS, get_preset
 from refinedet.training.batches import training_batches
 from refinedet.training.loss import RefineDetLoss
 from refinedet.training.optim import build_optimizer
-from refinedet.training.trainer import train
+from refinedet.training.run import METRICS_FILE
+from refinedet.training.train import train
 
 PAPER_FPS = {320: 40.3, 512: 24.1}
 """Batch 1, Titan X (Maxwell), network and post-processing (paper, Table 1), by the side of the input."""

@@ -6,9 +6,7 @@ torchvision counts background as label 0 and the classes from 1; here classes co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +16,19 @@ from torch import Tensor, nn
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
+from torchvision.ops import box_iou
 
 from refinedet.config import ModelConfig, TrainConfig
 from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
-from refinedet.errors import RefineDetError, UsageError
-from refinedet.loggers import METRICS_FILE, ConsoleLogger, CsvLogger, LoggerGroup
+from refinedet.loggers import ConsoleLogger, CsvLogger, LoggerGroup
 from refinedet.model.backbones import VGG16
 from refinedet.preprocess import preprocess
 from refinedet.training.batches import training_batches
-from refinedet.training.checkpoint import load_checkpoint, save_checkpoint
+from refinedet.training.distributed import World
 from refinedet.training.matching import Targets
-from refinedet.training.optim import build_optimizer, learning_rate_at, set_learning_rate
-from refinedet.training.trainer import CHECKPOINT_FILE
+from refinedet.training.run import CHECKPOINT_FILE, METRICS_FILE, load_checkpoint, save_checkpoint
+from refinedet.training.trainer import Trainer
 
 SIZE = (300, 300)
 """Height and width of SSD300's input."""
@@ -133,6 +131,40 @@ class SSDPeer:
         return results
 
 
+class SSDOutputs(nn.Module):
+    """The raw outputs of an SSD: torchvision's own ``forward`` gives losses or detections, depending on its mode."""
+
+    def __init__(self, network: SSD) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """Outputs of the heads and the anchors of each image, from (B, 3, H, W)."""
+        maps = self.network.backbone(images)
+        features = [maps] if isinstance(maps, Tensor) else list(maps.values())
+        batch = ImageList(images, [(images.shape[-2], images.shape[-1])] * len(images))
+        return self.network.head(features), self.network.anchor_generator(batch, features)
+
+
+def ssd_loss(network: SSD) -> Callable[[tuple[dict[str, Tensor], list[Tensor]], Targets], dict[str, Tensor]]:
+    """Torchvision's matching and loss of ``SSDOutputs``, as the trainer wants them."""
+
+    def criterion(outputs: tuple[dict[str, Tensor], list[Tensor]], targets: Targets) -> dict[str, Tensor]:
+        heads = {name: value.float() for name, value in outputs[0].items()}
+        anchors = outputs[1]
+        wanted = ssd_targets(targets, anchors[0].device)
+        matches = [
+            network.proposal_matcher(box_iou(target["boxes"], own))
+            if len(target["boxes"])
+            else torch.full((len(own),), -1, dtype=torch.int64, device=own.device)
+            for target, own in zip(wanted, anchors, strict=True)
+        ]
+        losses: dict[str, Tensor] = network.compute_loss(wanted, heads, anchors, matches)
+        return {**losses, "total": torch.stack(list(losses.values())).sum()}
+
+    return criterion
+
+
 def train_ssd(
     peer: SSDPeer,
     settings: TrainConfig,
@@ -142,11 +174,11 @@ def train_ssd(
     device: torch.device,
     stop: Callable[[], bool],
 ) -> bool:
-    """Train with the batches, the optimiser and the schedule of a RefineDet of the same settings.
+    """Train with the loop, the batches, the optimiser and the schedule of a RefineDet of the same settings.
 
     Args:
         peer: with its first weights; trained in place.
-        settings: iterations, batch, rates, precision (fp32 or bf16), seed, workers, save_every.
+        settings: iterations, batch, rates, precision, seed, workers, save_every.
         dataset: to train on.
         folder: receives metrics.csv and last.ckpt; a checkpoint that is there is continued, bit for bit on the same
             machine and number of threads.
@@ -159,69 +191,26 @@ def train_ssd(
     Raises:
         RefineDetError: a loss that is no finite number, a bad checkpoint, a full disk.
     """
-    if settings.precision == "fp16" or settings.accumulation_steps > 1:
-        raise UsageError("SSD is trained in fp32 or bf16 and without accumulation: choose one of these")
-    network = peer.network.to(device)
-    if settings.channels_last:
-        network.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(network, settings)
+    trainer = Trainer(SSDOutputs(peer.network), ssd_loss(peer.network), settings, World(0, 1, device))
     checkpoint = folder / CHECKPOINT_FILE
-    iteration = 0
     if checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        iteration = state["iteration"]
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        trainer.load_state(load_checkpoint(checkpoint))
 
     def save() -> None:
-        save_checkpoint(
-            checkpoint,
-            {"iteration": iteration, "network": network.state_dict(), "optimizer": optimizer.state_dict()},
-        )
+        save_checkpoint(checkpoint, trainer.state())
 
-    if settings.compile:
-        network.backbone.compile()
-        network.head.compile()
     batches = training_batches(
         dataset,
         peer.config,
         settings,
-        start=iteration,
+        start=trainer.iteration,
         pin_memory=device.type == "cuda",
         image_size=peer.size,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    log = CsvLogger(folder / METRICS_FILE, resume_step=iteration or None)
-    network.train()
-    with LoggerGroup([ConsoleLogger(settings.iterations, start=iteration), log]) as loggers:
-        for batch in batches:
-            set_learning_rate(optimizer, learning_rate_at(settings, iteration))
-            images = batch.images.to(device, non_blocking=True)
-            if settings.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            half = torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
-            with half:
-                losses: dict[str, Tensor] = network(images, ssd_targets(batch.targets, device))
-            total = torch.stack(list(losses.values())).sum()
-            value = total.item()
-            if not math.isfinite(value):
-                raise RefineDetError(
-                    f"SSD: the loss of iteration {iteration + 1} is not finite; lower --learning-rate or set "
-                    f"--warmup-iterations. Images: {', '.join(batch.names)}"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(total)
-            if settings.gradient_clip_norm is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), settings.gradient_clip_norm)
-            optimizer.step()
-            iteration += 1
-            finished = iteration == settings.iterations
-            if iteration % settings.log_every == 0 or finished:
-                parts = {name: loss.item() for name, loss in losses.items()}
-                loggers.log(iteration, {**parts, "total": value})
-            asked = not finished and stop()
-            if asked or finished or iteration % settings.save_every == 0:
-                save()
-            if asked:
-                return False
+    log = CsvLogger(folder / METRICS_FILE, resume_step=trainer.iteration or None)
+    with LoggerGroup([ConsoleLogger(settings.iterations, start=trainer.iteration), log]) as loggers:
+        if not trainer.run(batches, loggers, save=save, stop=stop):
+            return False
+        save()
     return True

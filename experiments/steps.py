@@ -17,7 +17,8 @@ import torch
 from refinedet.config import Preset
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json, write_text
-from refinedet.training.trainer import CHECKPOINT_FILE, Run, resume, train
+from refinedet.training.run import CHECKPOINT_FILE
+from refinedet.training.train import Run, resume, train
 
 RESULTS_FILE, TABLE_FILE = "results.json", "table.md"
 

@@ -66,10 +66,10 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubDetector:
 def trainer(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The calls that reach the trainer."""
     calls: list[tuple[Any, ...]] = []
-    module = types.ModuleType("refinedet.training.trainer")
+    module = types.ModuleType("refinedet.training.train")
     module.train = lambda preset, data, **rest: calls.append((preset, data, rest))  # type: ignore[attr-defined]
     module.resume = lambda folder, **rest: calls.append((folder, rest))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "refinedet.training.trainer", module)
+    monkeypatch.setitem(sys.modules, "refinedet.training.train", module)
     return calls
 
 

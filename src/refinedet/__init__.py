@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from refinedet.detector import RefineDet
     from refinedet.evaluation.report import evaluate
     from refinedet.presets import PRESETS
-    from refinedet.training.trainer import train
+    from refinedet.training.train import train
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ _HOMES = {
     "Detections": "refinedet.detections",
     "RefineDet": "refinedet.detector",
     "evaluate": "refinedet.evaluation.report",
-    "train": "refinedet.training.trainer",
+    "train": "refinedet.training.train",
 }
 
 

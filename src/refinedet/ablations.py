@@ -15,7 +15,8 @@ from typing import Any
 
 from refinedet.config import ModelConfig, Preset, load_json
 from refinedet.errors import UsageError
-from refinedet.training.trainer import CHECKPOINT_FILE, CONFIG_FILE, RunConfig, resume, train
+from refinedet.training.run import CHECKPOINT_FILE, CONFIG_FILE, RunConfig
+from refinedet.training.train import resume, train
 
 TABLE_FILE = "table.md"
 TABLE_SIGNATURE = "table written by refinedet"

@@ -370,7 +370,7 @@ def _train(arguments: list[str]) -> int:
     chosen = Preset(model=call.model, train=training, summary=preset.summary)
     out = Path("runs") / named if call.out is None else user_path(call.out)
 
-    from refinedet.training.trainer import train
+    from refinedet.training.train import train
 
     train(
         chosen,
@@ -399,7 +399,7 @@ def _resume(arguments: list[str]) -> int:
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such run folder")
 
-    from refinedet.training.trainer import resume
+    from refinedet.training.train import resume
 
     resume(folder, device=call.device)
     return _trained(folder)
@@ -468,7 +468,7 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _log_of_run(weights: str) -> Path | None:
     """metrics.csv, if the weights are a run folder or lie in one."""
-    from refinedet.loggers import METRICS_FILE
+    from refinedet.training.run import METRICS_FILE
 
     path = user_path(weights)
     log = (path.parent if path.name in ("best", "last") else path) / METRICS_FILE

@@ -14,8 +14,6 @@ from typing import Any, Protocol, TextIO
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import failure_reason, write_text
 
-METRICS_FILE = "metrics.csv"
-"""The CSV file of a run folder."""
 _STEP = "iteration"
 
 

@@ -18,7 +18,7 @@ from refinedet.errors import UsageError
 from refinedet.model.network import Predictions, RefineDetNetwork
 from refinedet.training.loss import RefineDetLoss, set_background_prior
 from refinedet.training.matching import Targets
-from refinedet.training.trainer import train
+from refinedet.training.train import train
 
 MODEL = ModelConfig(
     backbone="resnet18", num_classes=2, image_size=(64, 64), tcb_channels=16, anchor_sizes=(16, 24, 32, 48)

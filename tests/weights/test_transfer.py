@@ -12,7 +12,7 @@ from refinedet.data.classes import COCO_CLASSES, VOC_CLASSES, match_classes
 from refinedet.detector import RefineDet
 from refinedet.errors import UsageError
 from refinedet.presets import PRESETS
-from refinedet.training.trainer import train
+from refinedet.training.train import train
 from refinedet.weights.transfer import adopt_config, transfer_classes
 
 OFFICIAL_MAP = {

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from refinedet.config import TrainConfig
-from refinedet.model.network import RefineDetNetwork
 
 
 def parameter_groups(network: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
@@ -89,7 +88,7 @@ class MovingAverage:
     The decay starts small, (1 + n) / (10 + n) after n updates, so that the random start is soon forgotten.
     """
 
-    def __init__(self, network: RefineDetNetwork, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
 

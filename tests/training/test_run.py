@@ -13,7 +13,7 @@ from refinedet.config import ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError
 from refinedet.files import write_atomically
-from refinedet.training.checkpoint import load_checkpoint, save_checkpoint
+from refinedet.training.run import load_checkpoint, save_checkpoint
 
 
 def test_round_trip(tmp_path: Path) -> None:
