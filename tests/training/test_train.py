@@ -146,7 +146,7 @@ def test_a_run_folder_holds_what_is_promised(voc_folder: FolderFactory, tmp_path
     assert RefineDet.from_pretrained(tmp_path / "run").class_names == ("cat", "dog")
     # A run that never reached a checkpoint may be started again.
     (tmp_path / "stopped").mkdir()
-    (tmp_path / "stopped/config.json").write_text("{}")
+    (tmp_path / "stopped/config.json").write_text('{"preset": {}}')
     train(
         tiny(iterations=1, evaluate_split="none"), voc_folder(name="once"), out=tmp_path / "stopped",
         backbone_weights="random", device="cpu",
