@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from refinedet.model.postprocess import non_maximum_suppression
+from refinedet.model.nms import non_maximum_suppression
 
 
 def crowd(count: int, objects: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,8 @@ from refinedet.images import read_image
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
-from refinedet.model.postprocess import linear_soft_nms, postprocess
+from refinedet.model.postprocess import postprocess
+from refinedet.model.soft_nms import linear_soft_nms
 from refinedet.preprocess import preprocess
 
 if TYPE_CHECKING:

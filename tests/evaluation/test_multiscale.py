@@ -22,7 +22,7 @@ from refinedet.detections import Detections
 from refinedet.errors import UsageError
 from refinedet.evaluation import multiscale
 from refinedet.evaluation.multiscale import MultiScale, Pass, passes, vote
-from refinedet.model.postprocess import linear_soft_nms
+from refinedet.model.soft_nms import linear_soft_nms
 
 FolderFactory = Callable[..., Path]
 Array = npt.NDArray[Any]

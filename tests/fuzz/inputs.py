@@ -427,7 +427,7 @@ def values(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
             "--data",
             str(data),
             "--out",
-            str(folder / "out" / "run"),
+            run,
             "--iterations",
             "1",
             *TINY.split(),

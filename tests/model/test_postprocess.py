@@ -9,18 +9,29 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import oracles
 from oracles import Margin
 from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.model.network import Predictions
-from refinedet.model.postprocess import non_maximum_suppression, postprocess, suppress_at_once
+from refinedet.model.nms import non_maximum_suppression, suppress_at_once, suppress_in_rounds
+from refinedet.model.postprocess import postprocess
 
 PAPER = InferenceConfig()
 OFFICIAL = InferenceConfig(candidates=1000, candidates_per="class", max_detections=500)
 TOO_CLOSE = 1e-6
 seeds = st.integers(0, 2**32 - 1)
-both_ways = pytest.mark.parametrize("suppress", [non_maximum_suppression, suppress_at_once])
+
+
+def enough_rounds(boxes: Tensor, labels: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """The form of exported graphs, with as many rounds as the longest chain can need."""
+    keep, settled = suppress_in_rounds(boxes, labels, valid, threshold, boxes.shape[1] + 1)
+    assert settled.all()
+    return keep
+
+
+both_ways = pytest.mark.parametrize("suppress", [non_maximum_suppression, suppress_at_once, enough_rounds])
 Suppress = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
@@ -201,6 +212,31 @@ def test_many_boxes_are_suppressed_alike_in_blocks_and_at_once(classes: int) -> 
     kept = non_maximum_suppression(boxes, labels, valid, 0.45)
     assert 2 * classes < kept.sum() < 1200
     assert torch.equal(kept, suppress_at_once(boxes, labels, valid, 0.45))
+
+
+def test_too_few_rounds_are_told() -> None:
+    # In a chain of 10 boxes, n rounds decide the first n, and one more shows that nothing changes.
+    boxes = torch.tensor(
+        [[[3.0 * i, 0, 3.0 * i + 10, 10] for i in range(10)], [[20.0 * i, 0, 9, 9] for i in range(10)]]
+    )
+    labels, valid = torch.zeros(2, 10, dtype=torch.int64), torch.ones(2, 10, dtype=torch.bool)
+    assert [suppress_in_rounds(boxes, labels, valid, 0.45, n)[1].tolist() for n in (4, 9, 10)] == [
+        [False, True],
+        [False, True],
+        [True, True],
+    ]
+
+
+@pytest.mark.parametrize("inference", [PAPER, OFFICIAL], ids=["paper", "official"])
+def test_a_graph_of_fixed_rounds_gives_the_same_detections(inference: InferenceConfig) -> None:
+    generator = torch.Generator().manual_seed(9)
+    config = ModelConfig(num_classes=4, inference=inference)
+    for _ in range(20):
+        predictions = separated_predictions(generator, batch=3, anchors=60, classes=4)
+        for ours, graph in zip(
+            postprocess(predictions, config), postprocess(predictions, config, rounds=16), strict=True
+        ):
+            assert torch.equal(ours, graph)
 
 
 def test_filtered_anchors_detect_nothing() -> None:
