@@ -85,8 +85,13 @@ def test_forms_of_names(root: Path, names: str) -> None:
     [
         ("names: [cat, cat]", "a name twice"),
         ("names: {0: cat, 2: dog}", "without gaps"),
-        ("names: [cat, no]", "quotes"),
-        ("names: [cat, [dog]]", "quotes"),
+        ("names: [cat, [dog]]", r"must be a text, not \['dog'\]"),
+        ("names: [cat, '']", "is empty"),
+        ('names: [cat, "a\\nb"]', "has a line break"),
+        ('names: [cat, "a\\ud800"]', "control character"),
+        (f"names: [cat, {'x' * 100_000}]", "has 100000 letters"),
+        ("names: {0: cat, one: dog}", "without gaps"),
+        ("names: {1: cat, 2: dog}", "without gaps"),
         ("names: []", "must be the list of class names"),
         ("names: cat", "must be the list of class names"),
         ("nc: 2", "must be the list of class names"),
@@ -95,9 +100,12 @@ def test_forms_of_names(root: Path, names: str) -> None:
 )
 def test_bad_names(root: Path, names: str, message: str) -> None:
     yaml(root, f"train: images/train\n{names}\n")
-    with pytest.raises(RefineDetError, match=message) as caught:
-        open_dataset(root, "train")
-    assert str(root / "data.yaml") in str(caught.value)
+    for strict in (True, False):
+        with pytest.raises(RefineDetError, match=message) as caught:
+            open_dataset(root, "train", strict=strict)
+        assert str(caught.value).startswith(f"{root / 'data.yaml'}: ")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -173,11 +181,17 @@ def test_unknown_class(root: Path) -> None:
     [
         ("2 0.5 0.5 1 1", "line 2: class 2 is out of range; data.yaml has 2 names, so 0 to 1"),
         ("-1 0.5 0.5 1 1", "line 2: class -1 is out of range"),
-        ("0.5 0.5 0.5 1 1", "line 2: class must be a whole number, not 0.5"),
-        ("cat 0.5 0.5 1 1", "line 2: 'cat 0.5 0.5 1 1' is not a row of numbers"),
-        ("0 nan 0.5 1 1", "line 2: '0 nan 0.5 1 1' is not a row of numbers"),
+        ("0.5 0.5 0.5 1 1", "line 2 must start with a whole number, the class: '0.5 0.5 0.5 1 1'"),
+        ("cat 0.5 0.5 1 1", "line 2 is not a row of numbers: 'cat 0.5 0.5 1 1'"),
+        ("0 nan 0.5 1 1", "line 2 is not a row of numbers: '0 nan 0.5 1 1'"),
         ("0 0.5 0.5 1", "line 2 has 4 numbers; expected 5"),
         ("0 0.5 0.5 1 1 0.9", "line 2 has 6 numbers; expected 5"),
+        ("0,0.5,0.5,0.2,0.2", "line 2 is not a row of numbers; separate the numbers by spaces"),
+        ("0 40 40 40 40", "line 2 has numbers far above 1, so they seem to be pixels"),
+        ("0 10 10 20 10 20 20", "line 2 has numbers far above 1, so they seem to be pixels"),
+        ("0 0.5 0.5 1 1e400", "line 2 is not a row of numbers"),
+        ("9" * 500 + " 0.5 0.5 1 1", "line 2 is not a row of numbers"),
+        ("a\x1b[31m\ud7ff 0.5 0.5 1 1", "line 2 is not a row of numbers"),
     ],
 )
 def test_bad_line(root: Path, line: str, message: str) -> None:

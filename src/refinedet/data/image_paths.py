@@ -36,6 +36,10 @@ def is_absolute(text: str) -> bool:
     return text.startswith("/") or _DRIVE.match(text) is not None
 
 
+class MissingImageError(FaultyFileError):
+    """No image has the name that a file states."""
+
+
 class ImageFinder:
     """Finds images by the names that a file states for them.
 
@@ -98,7 +102,7 @@ class ImageFinder:
         candidates = self._by_name.get(parts[-1], []) if parts else []
         if not candidates:
             shown = self._first_folder / name if name.isprintable() and len(name) <= 200 else self._source
-            raise FaultyFileError(
+            raise MissingImageError(
                 shown,
                 f"image is missing, but {self._source} lists it; restore it or remove it from the file"
                 if shown != self._source

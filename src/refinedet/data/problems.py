@@ -48,6 +48,9 @@ FOUND_ELSEWHERE = ProblemKind(
     "file",
     lost=False,
 )
+LABEL_SHARED = ProblemKind(
+    "label file read for several images", "label files read for several images", "file", lost=False
+)
 PARTS_IGNORED = ProblemKind("annotation read only in part", "annotations read only in part", "file", lost=False)
 SPLIT_MISSING = ProblemKind("split that is not there", "splits that are not there", "file")
 REPEATED = ProblemKind("box repeated in its image", "boxes repeated in their images", "object", lost=False)
@@ -176,9 +179,11 @@ def shorten(names: Sequence[str], most: int = 8) -> str:
 
 
 _REPR = reprlib.Repr()
+_REPR.maxlevel = 2
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 
 
 def short_repr(value: object) -> str:
     """A value of a file for a message: its ``repr``, which has no line breaks or control characters, cut where long."""
-    return _REPR.repr(value)
+    text = _REPR.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
