@@ -46,7 +46,8 @@ from refinedet.detector import read_safetensors
 from refinedet.device import pick_device
 from refinedet.draw import read_curves
 from refinedet.errors import RefineDetError
-from refinedet.evaluation.report import Report, evaluate
+from refinedet.evaluation.evaluate import evaluate
+from refinedet.evaluation.report import Report
 from refinedet.files import write_text
 from refinedet.presets import get_preset
 from refinedet.training.run import METRICS_FILE

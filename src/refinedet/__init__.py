@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refinedet.detections import Detections
     from refinedet.detector import RefineDet
-    from refinedet.evaluation.report import evaluate
+    from refinedet.evaluation.evaluate import evaluate
     from refinedet.presets import PRESETS
     from refinedet.training.train import train
 
@@ -23,7 +23,7 @@ _HOMES = {
     "PRESETS": "refinedet.presets",
     "Detections": "refinedet.detections",
     "RefineDet": "refinedet.detector",
-    "evaluate": "refinedet.evaluation.report",
+    "evaluate": "refinedet.evaluation.evaluate",
     "train": "refinedet.training.train",
 }
 

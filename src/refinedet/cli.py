@@ -427,42 +427,65 @@ def _evaluate(arguments: list[str]) -> int:
     if call.limit is not None:
         _at_least_one("--limit", call.limit)
 
-    from refinedet.data.layouts import list_splits
-    from refinedet.detector import RefineDet
-    from refinedet.device import pick_device
+    from refinedet.evaluation.evaluate import evaluate
     from refinedet.evaluation.page import write_page
-    from refinedet.evaluation.report import check_report_folder, evaluate
+    from refinedet.evaluation.report import check_report_folder
 
     data = user_path(call.data)
-    split = call.split
-    if split is None:
-        split = "test" if list_splits(data) else "all"
     report_folder = None if call.report is None else user_path(call.report)
     if report_folder is not None:
         check_report_folder(report_folder, [data])
-    model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
-    report = evaluate(
-        model,
-        data,
-        split=split,
-        metric=call.metric,
-        limit=call.limit,
-        batch_size=call.batch_size,
-        multi_scale=call.multi_scale,
-        shared_classes=call.shared_classes,
-        submission=call.submission,
-        progress=sys.stderr.isatty(),
-    )
-    print(report.table())
-    print(f"{report.settings['seconds_per_image']:.3f} s per image")
-    if report.figures:
-        print(f"mAP {100 * report['mAP']:.2f}")
     if call.submission is not None:
-        print(f"submission: {call.submission}")
+        return _submit(call, call.submission)
+    with _progress("evaluate") as show:
+        report = evaluate(
+            call.weights,
+            data,
+            split=call.split,
+            metric=call.metric,
+            limit=call.limit,
+            batch_size=call.batch_size,
+            multi_scale=call.multi_scale,
+            shared_classes=call.shared_classes,
+            device=call.device,
+            on_progress=show,
+        )
+    print(report.table())
+    print(f"{report.settings.seconds_per_image:.3f} s per image")
+    print(f"mAP {100 * report['mAP']:.2f}")
     if report_folder is not None:
         folder = report.save(report_folder)
         page = write_page(report, folder, metrics_csv=_log_of_run(call.weights))
         print(f"report: {folder}  (see {page})")
+    return 0
+
+
+def _submit(call: EvaluateCall, path: Path) -> int:
+    """Results for a server; figures too, where the split has annotations."""
+    from refinedet.detector import RefineDet
+    from refinedet.device import pick_device
+    from refinedet.evaluation.detector import Detector
+    from refinedet.evaluation.evaluate import collect_detections, evaluate_detections, open_evaluation_data
+    from refinedet.evaluation.multiscale import MultiScale
+    from refinedet.evaluation.submission import plan_submission, write_submission
+
+    if call.shared_classes or call.report is not None:
+        raise UsageError("--submission takes neither --shared-classes (a server wants every class) nor --report")
+    model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
+    dataset = open_evaluation_data(user_path(call.data), call.split, model, require_annotations=False)
+    plan_submission(path, dataset, call.metric)
+    form: Literal["voc", "coco"] = "coco" if call.metric == "coco" else "voc"
+    runner: Detector = MultiScale(model, form, batch_size=call.batch_size) if call.multi_scale else model
+    count = len(dataset) if call.limit is None else min(call.limit, len(dataset))
+    with _progress("evaluate") as show:
+        detections = collect_detections(runner, dataset, range(count), batch_size=call.batch_size, on_progress=show)
+    print(f"submission: {write_submission(path, dataset, detections)}")
+    if dataset.annotated:
+        report = evaluate_detections(dataset, detections, call.metric)
+        print(report.table())
+        print(f"mAP {100 * report['mAP']:.2f}")
+    else:
+        print(f"no figures: {count} image{'s' * (count != 1)} without annotations")
     return 0
 
 

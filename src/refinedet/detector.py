@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
 from refinedet.model.postprocess import postprocess
-from refinedet.model.soft_nms import linear_soft_nms
+from refinedet.model.soft_nms import soften
 from refinedet.preprocess import preprocess
 
 if TYPE_CHECKING:
@@ -148,7 +147,6 @@ class RefineDet:
         threshold: float | None = None,
         sources: Sequence[str | None] | None = None,
         size: tuple[int, int] | None = None,
-        soft_nms: bool = True,
     ) -> list[Detections]:
         """Run the network once over all ``images``.
 
@@ -158,7 +156,6 @@ class RefineDet:
             sources: file of each image, for ``Detections.source``.
             size: height and width that the images are warped to instead of ``config.image_size``, multiples of 64;
                 anchors keep their pixel sizes.
-            soft_nms: False leaves out the Soft-NMS of ``config.inference.soft_nms_iou``, if that is set.
 
         Returns:
             Detections in pixels of each image, clipped to it, best first.
@@ -181,32 +178,19 @@ class RefineDet:
             rows, columns = image.shape[:2]
             factor = np.array([columns / width, rows / height] * 2, dtype=np.float32)
             scaled = np.clip(boxes[row, :count] * factor, 0, np.array([columns, rows] * 2, dtype=np.float32))
+            scaled, own_scores, own_labels = soften(
+                scaled, scores[row, :count], labels[row, :count], self.config.inference
+            )
             one = Detections(
                 boxes=scaled,
-                scores=scores[row, :count],
-                labels=labels[row, :count],
+                scores=own_scores,
+                labels=own_labels,
                 class_names=self.class_names,
                 image_size=(columns, rows),
                 source=sources[row] if sources else None,
             )
-            if soft_nms:
-                one = self._soften(one)
             results.append(one if threshold is None else one.filter(threshold=threshold))
         return results
-
-    def _soften(self, found: Detections) -> Detections:
-        """Soft-NMS, if the config asks for it: on clipped boxes in pixels of the image, as in the official code."""
-        settings = self.config.inference
-        if settings.soft_nms_iou is None:
-            return found
-        order, scores = linear_soft_nms(
-            found.boxes,
-            found.scores,
-            found.labels,
-            iou=settings.soft_nms_iou,
-            score_threshold=settings.score_threshold,
-        )
-        return dataclasses.replace(found, boxes=found.boxes[order], scores=scores, labels=found.labels[order])
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None, half: bool = False) -> Path:
         """Write model.safetensors, config.json and, if given, README.md (the model card).

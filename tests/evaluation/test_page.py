@@ -18,8 +18,10 @@ from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError
 from refinedet.evaluation import page as page_module
+from refinedet.evaluation.evaluate import evaluate_detections
 from refinedet.evaluation.page import WORST_IMAGES, write_page
-from refinedet.evaluation.report import Report, evaluate_detections
+from refinedet.evaluation.report import Report
+from refinedet.evaluation.settings import EvaluationSettings, LeftOut
 
 FolderFactory = Callable[..., Path]
 NAMES = ("<b>&", "otter")
@@ -94,7 +96,7 @@ def moved(dataset: DetectionDataset, shift: float = 0.0, score: float = 0.9) -> 
 
 
 def report_of(dataset: DetectionDataset, detections: list[Detections], metric: Any = "voc07") -> Report:
-    return evaluate_detections(dataset, detections, metric, settings={"seconds_per_image": 0.25})
+    return evaluate_detections(dataset, detections, metric, settings=EvaluationSettings(seconds_per_image=0.25))
 
 
 @pytest.fixture
@@ -284,16 +286,11 @@ def test_a_picture_that_is_gone_costs_its_place_only(dataset: DetectionDataset, 
     assert len(reader.all("img")) == 4
 
 
-def test_a_split_without_annotations(dataset: DetectionDataset, tmp_path: Path) -> None:
-    report = replace(report_of(dataset, moved(dataset)), figures={}, per_class={}, objects={}, curves={})
-    reader = read(write_page(report, tmp_path))
-    assert "without annotations" in reader.text
-    assert not reader.all("section")
-
-
 def test_some_images_of_the_data(dataset: DetectionDataset, tmp_path: Path) -> None:
     answers = moved(dataset, shift=200)
-    report = evaluate_detections(dataset, {2: answers[2], 5: answers[5]}, settings={"limit": 2, "passes": ["a", "b"]})
+    report = evaluate_detections(
+        dataset, {2: answers[2], 5: answers[5]}, settings=EvaluationSettings(limit=2, passes=("a", "b"))
+    )
     assert report.indices == [2, 5]
     text = read(write_page(report, tmp_path)).text
     assert "2, the first of the split" in text
@@ -303,13 +300,15 @@ def test_some_images_of_the_data(dataset: DetectionDataset, tmp_path: Path) -> N
 
 
 def test_a_threshold_of_the_evaluation_above_that_of_the_page(dataset: DetectionDataset, tmp_path: Path) -> None:
-    report = replace(report_of(dataset, moved(dataset)), settings={"score_threshold": 0.6})
+    report = replace(report_of(dataset, moved(dataset)), settings=EvaluationSettings(score_threshold=0.6))
     assert "with a score of 0.6 or more" in read(write_page(report, tmp_path)).text
 
 
 def test_classes_left_out_are_said(dataset: DetectionDataset, tmp_path: Path) -> None:
     nothing = [Detections.empty(dataset.class_names, (r.width, r.height)) for r in dataset.records]
-    report = evaluate_detections(dataset, nothing, settings={"left_out": {"model": ["tv"], "data": ["fox", "owl"]}})
+    report = evaluate_detections(
+        dataset, nothing, settings=EvaluationSettings(left_out=LeftOut(("tv",), ("fox", "owl")))
+    )
     assert "left out: 1 of the model, 2 of the data" in read(write_page(report, tmp_path)).text
     assert "left out" not in read(write_page(evaluate_detections(dataset, nothing), tmp_path)).text
 

@@ -20,9 +20,11 @@ from refinedet.data.layouts import open_dataset
 from refinedet.data.records import DetectionDataset, Record
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.evaluation import report as report_module
+from refinedet.evaluation import evaluate as evaluate_module
+from refinedet.evaluation.evaluate import collect_detections, evaluate, evaluate_detections
 from refinedet.evaluation.metrics import COCO_NAMES
-from refinedet.evaluation.report import Report, collect_detections, evaluate, evaluate_detections
+from refinedet.evaluation.report import Report
+from refinedet.evaluation.settings import LeftOut
 
 FolderFactory = Callable[..., Path]
 Oracle = Callable[[Path, list[dict[str, Any]]], npt.NDArray[np.float64]]
@@ -87,8 +89,8 @@ def test_perfect_answers_score_one(voc_folder: FolderFactory, metric: Any) -> No
         for label, name in enumerate(NAMES)
     }
     assert set(report) == ({"mAP", *COCO_NAMES} if metric == "coco" else {"mAP"})
-    assert report.settings["score_threshold"] == model.config.inference.score_threshold
-    assert report.settings["model"]["backbone"] == "vgg16"
+    assert report.settings.score_threshold == model.config.inference.score_threshold
+    assert report.settings.model.backbone == "vgg16"
     # The pictures came in order, in batches, unspoilt.
     assert model.batches == [4, 2]
     for index, image in enumerate(model.seen):
@@ -204,7 +206,8 @@ def test_shares_of_processes_add_up(voc_folder: FolderFactory) -> None:
         mine = range(rank, len(dataset), 2)
         shares |= collect_detections(ToldDetector([answers[i] for i in mine]), dataset, mine, batch_size=2)
     whole = evaluate(ToldDetector(answers), dataset)
-    assert evaluate_detections(dataset, shares).to_dict() == {**whole.to_dict(), "settings": {}}
+    merged = evaluate_detections(dataset, shares, settings=whole.settings)
+    assert merged.to_dict() == whole.to_dict()
 
 
 def test_limit_and_progress(voc_folder: FolderFactory, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,14 +215,19 @@ def test_limit_and_progress(voc_folder: FolderFactory, capsys: pytest.CaptureFix
     calls: list[tuple[int, int]] = []
     model = ToldDetector(right_answers(dataset))
     report = evaluate(
-        model, dataset, limit=5, batch_size=2, threshold=0.3, progress=lambda done, total: calls.append((done, total))
+        model,
+        dataset,
+        limit=5,
+        batch_size=2,
+        threshold=0.3,
+        on_progress=lambda done, total: calls.append((done, total)),
     )
     assert report.images == 5
-    assert report.settings["limit"] == 5
-    assert report.settings["score_threshold"] == 0.3
+    assert report.settings.limit == 5
+    assert report.settings.score_threshold == 0.3
     assert model.thresholds == {0.3}
     assert calls == [(2, 5), (4, 5), (5, 5)]
-    assert evaluate(ToldDetector(right_answers(dataset)), dataset, limit=100, progress=True).images == 6
+    assert evaluate(ToldDetector(right_answers(dataset)), dataset, limit=100).images == 6
     assert capsys.readouterr().out == ""
 
 
@@ -285,7 +293,7 @@ def test_shared_classes(coco_folder: FolderFactory, tmp_path: Path, metric: Any)
     counting = [names[label] for r in dataset.records for label in r.labels[~r.crowd]]
     assert report.objects == {name: counting.count(name) for name in ("airplane", "lynx")}
     assert counting.count("heron") > 0
-    assert report.settings["left_out"] == {"model": ["tv"], "data": ["heron"]}
+    assert report.settings.left_out == LeftOut(("tv",), ("heron",))
     assert "share: 2; left out: 1 of the model, 1 of the data" in report.table()
     results = json.loads((report.save(tmp_path / "report") / "detections.json").read_text())
     assert len(results) == sum(int((r.labels != 2).sum()) for r in dataset.records)
@@ -300,8 +308,6 @@ def test_shared_classes_where_there_are_none(voc_folder: FolderFactory) -> None:
     dataset = open_dataset(voc_folder(images=2, class_names=NAMES), "trainval")
     with pytest.raises(RefineDetError, match=r"model has 1 class \(horse\), the data has 2 .* they share none"):
         evaluate(ToldDetector([], ("horse",)), dataset, shared_classes=True)
-    with pytest.raises(UsageError, match="a submission needs every class"):
-        evaluate(ToldDetector([]), dataset, shared_classes=True, submission="results.zip")
 
 
 def test_shared_classes_of_equal_ones_change_nothing(voc_folder: FolderFactory) -> None:
@@ -396,4 +402,4 @@ def test_report_is_a_mapping_without_torch(voc_folder: FolderFactory) -> None:
     report = evaluate_detections(dataset, right_answers(dataset))
     assert isinstance(report, Report)
     assert dict(report) == {"mAP": report["mAP"]}
-    assert "torch" not in vars(report_module)
+    assert "torch" not in vars(evaluate_module)

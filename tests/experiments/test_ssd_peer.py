@@ -18,7 +18,7 @@ from experiments import ssd_peer
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data.layouts import open_dataset
 from refinedet.errors import RefineDetError
-from refinedet.evaluation.report import evaluate
+from refinedet.evaluation.evaluate import evaluate
 from refinedet.training.matching import Targets
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 from refinedet.config import AugmentConfig, Preset, TrainConfig
 from refinedet.data.layouts import open_dataset
 from refinedet.detector import RefineDet
-from refinedet.evaluation.report import evaluate
+from refinedet.evaluation.evaluate import evaluate
 from refinedet.presets import PRESETS
 from refinedet.training import trainer
 

@@ -1,19 +1,20 @@
 """Multi-scale testing, the rows with a "+" of the paper's tables: which passes, and how their boxes are merged.
 
-The paper names the strategy (section 5.1), the official code says what it is (test/lib/fast_rcnn/test.py): the picture
+The paper names the strategy (section 5.1), the official code says what it is (test/lib/fast_rcnn/test.py): the image
 goes through the same network at several sizes, as it is and mirrored; of the small sizes only large boxes count, of the
 large sizes only small ones; what all passes found is merged class by class by box voting. Anchors keep their pixel
 sizes at every input size, so a larger input means smaller objects.
 
-Box sizes are in pixels of the original picture. The official code counts inclusive pixels, ``x2 - x1 + 1``; with
+Box sizes are in pixels of the original image. The official code counts inclusive pixels, ``x2 - x1 + 1``; with
 pixel edges that number is ``x2 - x1`` (docs/conventions.md), so neither sizes nor overlaps have a +1 here.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ import numpy.typing as npt
 from refinedet.config import ModelConfig
 from refinedet.detections import Detections
 from refinedet.errors import UsageError
+
+if TYPE_CHECKING:
+    from refinedet.detector import RefineDet
 
 Form = Literal["voc", "coco"]
 
@@ -31,53 +35,31 @@ _Floats = npt.NDArray[np.float32]
 _Doubles = npt.NDArray[np.float64]
 
 
-class SizedDetector(Protocol):
-    """A detector that can be run at other sizes than its own: a ``RefineDet``."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """What the model is."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """C names; the index is the label."""
-
-    def predict_arrays(
-        self,
-        images: list[npt.NDArray[np.uint8]],
-        *,
-        threshold: float | None = None,
-        size: tuple[int, int] | None = None,
-        soft_nms: bool = True,
-    ) -> list[Detections]:
-        """One ``Detections`` for each (H, W, 3) RGB picture, all warped to ``size`` (height, width)."""
-
-
 @dataclass(frozen=True)
 class Pass:
-    """One run of the network over a picture."""
+    """One run of the network over an image."""
 
     long: int
-    """The longer side of the network input in pixels, laid along the picture's longer side."""
+    """The longer side of the network input in pixels, laid along the image's longer side."""
     short: int
     """The shorter side; equal to ``long`` for a square."""
     flip: bool = False
-    """Mirror the picture left to right first."""
+    """Mirror the image left to right first."""
     longest_above: float | None = None
-    """Keep boxes whose longer side is more than this many pixels of the original picture."""
+    """Keep boxes whose longer side is more than this many pixels of the original image."""
     shortest_below: float | None = None
-    """Keep boxes whose shorter side is less than this many pixels of the original picture."""
+    """Keep boxes whose shorter side is less than this many pixels of the original image."""
 
     def size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of the network input for a picture of that (width, height).
+        """(height, width) of the network input for an image of that (width, height).
 
-        A picture that is as high as wide counts as upright, as in the official code.
+        An image that is as high as wide counts as upright, as in the official code.
         """
         width, height = image_size
         return (self.short, self.long) if height < width else (self.long, self.short)
 
     def counts(self, boxes: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
-        """Which of (D, 4) xyxy boxes, in pixels of the original picture, this pass may contribute."""
+        """Which of (D, 4) xyxy boxes, in pixels of the original image, this pass may contribute."""
         sides = boxes[:, 2:] - boxes[:, :2]
         keep = np.ones(len(boxes), dtype=np.bool_)
         if self.longest_above is not None:
@@ -212,13 +194,13 @@ def _overlap(box: _Doubles, boxes: _Doubles) -> _Doubles:
 class MultiScale:
     """A model under multi-scale testing, in the shape of a detector: hand it to whatever takes one.
 
-    Runs of the network are batched over pictures and mirrored twins of equal input size. No run has more input pixels
-    than ``batch_size`` pictures at the model's own size, so memory does not grow with the passes.
+    Runs of the network are batched over images and mirrored twins of equal input size. No run has more input pixels
+    than ``batch_size`` images at the model's own size, so memory does not grow with the passes.
 
     Args:
         model: a ``RefineDet`` of 320x320 or 512x512.
         form: "voc" or "coco": the passes and the vote.
-        batch_size: pictures of the model's own size that go through the network at once.
+        batch_size: images of the model's own size that go through the network at once.
 
     Each pass uses the model's own post-processing, without its Soft-NMS if it has one: the vote takes its place.
 
@@ -226,8 +208,13 @@ class MultiScale:
         UsageError: a model of another size.
     """
 
-    def __init__(self, model: SizedDetector, form: Form, *, batch_size: int = 8) -> None:
+    def __init__(self, model: RefineDet, form: Form, *, batch_size: int = 8) -> None:
         self.model = model
+        # The same network; its post-processing follows from the config.
+        self._without_soft_nms = copy.copy(model)
+        self._without_soft_nms.config = replace(
+            model.config, inference=replace(model.config.inference, soft_nms_iou=None)
+        )
         self.form: Form = form
         self.passes = passes(model.config.image_size, form)
         self._pixels = batch_size * model.config.image_size[0] * model.config.image_size[1]
@@ -245,7 +232,7 @@ class MultiScale:
     def predict_arrays(
         self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None
     ) -> list[Detections]:
-        """All passes over every picture, merged.
+        """All passes over every image, merged.
 
         Args:
             images: (H, W, 3) uint8 RGB each, sizes may differ.
@@ -268,7 +255,7 @@ class MultiScale:
                     np.ascontiguousarray(images[row][:, ::-1]) if self.passes[number].flip else images[row]
                     for row, number in part
                 ]
-                answers = self.model.predict_arrays(inputs, size=(height, width), soft_nms=False)
+                answers = self._without_soft_nms.predict_arrays(inputs, size=(height, width))
                 for (row, number), answer in zip(part, answers, strict=True):
                     found[row, number] = _counting(answer, self.passes[number])
         merged = [
@@ -300,7 +287,7 @@ class MultiScale:
 
 
 def _counting(found: Detections, one: Pass) -> Detections:
-    """What a pass may contribute, on the picture as it was before it was mirrored."""
+    """What a pass may contribute, on the image as it was before it was mirrored."""
     boxes = found.boxes
     if one.flip:
         width = np.float32(found.image_size[0])

@@ -25,7 +25,7 @@ from refinedet.errors import RefineDetError
 from refinedet.evaluation.charts import Line, line_chart
 from refinedet.evaluation.diagnosis import SCORE_THRESHOLD, SIZES, Diagnosis, ImageDiagnosis, diagnose
 from refinedet.evaluation.metrics import CURVE_RECALLS, VocMethod
-from refinedet.evaluation.outcomes import ERRORS, HIT_IOU, NEAR_IOU, Outcome, match_objects
+from refinedet.evaluation.outcomes import ERRORS, HIT_IOU, NEAR_IOU, Outcome
 from refinedet.evaluation.report import METRICS, Report
 from refinedet.files import write_atomically, write_text
 
@@ -81,8 +81,7 @@ def write_page(
     """Write ``index.html`` and ``images/worst-01.jpg``, ... into a folder.
 
     At most 24 images are decoded, one at a time, so that memory does not grow with the data. A picture or a
-    ``metrics_csv`` that cannot be read costs its place on the page, not the page. For a split without annotations the
-    page says just that.
+    ``metrics_csv`` that cannot be read costs its place on the page, not the page.
 
     Args:
         report: what ``evaluate`` returned.
@@ -99,17 +98,11 @@ def write_page(
     """
     folder = Path(folder)
     page = folder / PAGE_FILE
-    if not report.figures:
-        text = '<p class="lead">This split comes without annotations: nothing can be said about errors.</p>'
-        _remove_pictures(folder / IMAGE_FOLDER, keep=0)
-        write_text(page, _document(report, text, []))
-        return page
     records = [report.dataset[index] for index in report.indices]
     # Nothing below the threshold of the evaluation is there to be counted.
-    threshold = max(score_threshold, report.settings.get("score_threshold") or 0.0)
-    outcomes = match_objects(report.detections, records, len(report.per_class), crowd_swallows=report.metric == "coco")
+    threshold = max(score_threshold, report.settings.score_threshold or 0.0)
     method: VocMethod = "11-point" if report.metric == "voc07" else "area"
-    diagnosis = diagnose(outcomes, score_threshold=threshold, method=method)
+    diagnosis = diagnose(report.outcomes, score_threshold=threshold, method=method)
     pictures = _write_pictures(report, records, diagnosis, folder / IMAGE_FOLDER)
     sections = [
         _Section("errors", "Errors", _errors(report, diagnosis)),
@@ -476,24 +469,22 @@ def _document(report: Report, headline: str, sections: Sequence[_Section]) -> st
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
     settings = report.settings
     yield "measure", METRICS[report.metric]
-    yield "images", f"{report.images:,}" + (", the first of the split" if settings.get("limit") else "")
-    if report.objects:
-        count = len(report.per_class)
-        yield "objects", f"{sum(report.objects.values()):,} in {count} class{'es' * (count != 1)}"
-    if report.left_out:
-        yield "classes", f"those that model and data share; left out: {report.left_out}"
-    model = settings.get("model") or {}
-    if "backbone" in model and "image_size" in model:
-        height, width = model["image_size"]
-        yield "network", f"{model['backbone']}, {width} x {height} pixels"
-    if settings.get("passes"):
-        yield "scales", f"multi-scale, {len(settings['passes'])} passes"
-    if "iteration" in settings:
-        yield "iteration", f"{settings['iteration']:,}"
-    if "score_threshold" in settings:
-        yield "scores in AP", f"{settings['score_threshold']:g} and more"
-    if "seconds_per_image" in settings:
-        yield "time", f"{settings['seconds_per_image']:.3f} s per image"
+    yield "images", f"{report.images:,}" + (", the first of the split" if settings.limit else "")
+    count = len(report.per_class)
+    yield "objects", f"{sum(report.objects.values()):,} in {count} class{'es' * (count != 1)}"
+    if settings.left_out is not None:
+        yield "classes", f"those that model and data share; left out: {settings.left_out}"
+    if settings.model is not None:
+        height, width = settings.model.image_size
+        yield "network", f"{settings.model.backbone}, {width} x {height} pixels"
+    if settings.passes:
+        yield "scales", f"multi-scale, {len(settings.passes)} passes"
+    if settings.iteration is not None:
+        yield "iteration", f"{settings.iteration:,}"
+    if settings.score_threshold is not None:
+        yield "scores in AP", f"{settings.score_threshold:g} and more"
+    if settings.seconds_per_image is not None:
+        yield "time", f"{settings.seconds_per_image:.3f} s per image"
 
 
 # Pictures.

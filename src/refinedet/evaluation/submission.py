@@ -13,7 +13,7 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,62 +25,67 @@ from refinedet.detections import Detections
 from refinedet.errors import UsageError
 from refinedet.files import LIST_MARK, check_output, encoded, user_path, write_atomically
 
-_VOC_ENDINGS = (".zip", ".tar.gz", ".tgz")
-_COCO_ENDINGS = (".zip", ".json")
 _SIGNATURE = "submission written by refinedet"
 """Stands in the files, so that a later submission may replace them."""
+_ENDINGS = {"voc": (".zip", ".tar.gz", ".tgz"), "coco": (".zip", ".json")}
 
 
 @dataclass(frozen=True)
-class Submission:
-    """Where and in which form results are written; made by ``plan_submission`` before the work begins."""
+class SubmissionPlan:
+    """Where results go and what the files inside are called."""
 
     path: Path
     """The file to write."""
-    form: str
+    server: str
     """"voc" or "coco"."""
     inner: str
     """VOC: path of the files in the archive up to the class name; COCO: name of the JSON file."""
-    category_ids: tuple[int, ...] | None = None
-    """COCO's category id of each label."""
-
-    def write(
-        self, image_ids: Sequence[int | str], detections: Sequence[Detections], class_names: Sequence[str]
-    ) -> Path:
-        """Write the results of all images.
-
-        Args:
-            image_ids: id of each image.
-            detections: what was found in each, clipped to it.
-            class_names: C names in label order.
-
-        Returns:
-            The file.
-
-        Raises:
-            RefineDetError: it cannot be written; a file that was there before is still there.
-        """
-
-        def files() -> Iterator[tuple[str, Iterator[str]]]:
-            if self.form == "coco":
-                yield self.inner, _coco_text(image_ids, detections, self.category_ids)
-                return
-            for label, name in enumerate(class_names):
-                yield f"{self.inner}{name}.txt", _voc_lines(image_ids, detections, label)
-
-        name = self.path.name.lower()
-        writer = _write_text if name.endswith(".json") else _write_zip if name.endswith(".zip") else _write_tar
-        write_atomically(self.path, lambda aside: writer(aside, files()))
-        return self.path
 
 
-def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) -> Submission:
-    """Check, before hours of work, that results of this data can be written to that file.
+def write_submission(
+    path: str | Path, dataset: DetectionDataset, detections: Mapping[int, Detections] | Sequence[Detections]
+) -> Path:
+    """Write results for the server that the data belongs to.
 
     Args:
         path: for VOC .zip, .tar.gz or .tgz; for COCO .zip or .json.
         dataset: the data, of one split.
-        metric: "voc07" or "voc" for VOC's server, "coco" for COCO's.
+        detections: of each image, clipped to it: a list in the order of the dataset, or a mapping from the index of an
+            image (what ``evaluate.collect_detections`` returns).
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: as ``plan_submission``.
+        RefineDetError: it cannot be written; a file that was there before is still there.
+    """
+    plan = plan_submission(path, dataset)
+    by_index = detections if isinstance(detections, Mapping) else dict(enumerate(detections))
+    indices = sorted(by_index)
+    image_ids = [dataset[index].image_id for index in indices]
+    of_images = [by_index[index] for index in indices]
+
+    def files() -> Iterator[tuple[str, Iterator[str]]]:
+        if plan.server == "coco":
+            yield plan.inner, _coco_text(image_ids, of_images, dataset.category_ids)
+            return
+        for label, name in enumerate(_member_names(dataset.class_names)):
+            yield f"{plan.inner}{name}.txt", _voc_lines(image_ids, of_images, label)
+
+    ending = plan.path.name.lower()
+    writer = _write_text if ending.endswith(".json") else _write_zip if ending.endswith(".zip") else _write_tar
+    write_atomically(plan.path, lambda aside: writer(aside, files()))
+    return plan.path
+
+
+def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str | None = None) -> SubmissionPlan:
+    """Check, before hours of work, that results of this data can be written to that file.
+
+    Args:
+        path: as for ``write_submission``.
+        dataset: the data, of one split.
+        metric: what is measured along with it; "coco" goes with COCO's server, all others with VOC's.
 
     Raises:
         UsageError: an ending that the server does not take, an existing file that is no submission of ours, data of
@@ -94,10 +99,9 @@ def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) ->
             f"{dataset.path}: there is no server for data in {dataset.layout.upper()}'s layout; --report saves all "
             "detections"
         )
-    if (metric == "coco") != (server == "coco"):
-        wanted = "--metric coco" if server == "coco" else "--metric voc"
-        raise UsageError(f"{dataset.path}: results of {server.upper()} data go with {wanted}, not '{metric}'")
-    endings = _COCO_ENDINGS if server == "coco" else _VOC_ENDINGS
+    if metric is not None and (metric == "coco") != (server == "coco"):
+        raise UsageError(f"{dataset.path}: results of {server.upper()} data go with --metric {server}, not '{metric}'")
+    endings = _ENDINGS[server]
     ending = next((end for end in endings if path.name.lower().endswith(end)), None)
     if ending is None:
         raise UsageError(
@@ -105,10 +109,10 @@ def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) ->
         )
     check_output(path, inputs=[dataset.path], ours=_SIGNATURE)
     if server == "coco":
-        name = path.name[: -len(ending)]
+        name = _safe(path.name[: -len(ending)])
         if not re.fullmatch(r"detections_.+_results", name):
-            name = f"detections_{_coco_split(dataset)}_{name}_results"
-        return Submission(path, "coco", f"{name}.json", dataset.category_ids)
+            name = f"detections_{_safe(_coco_split(dataset))}_{name}_results"
+        return SubmissionPlan(path, server, f"{name}.json")
     years = sorted({record.image_path.absolute().parent.parent.name for record in dataset.records})
     if len(years) != 1:
         raise UsageError(
@@ -116,7 +120,27 @@ def plan_submission(path: str | Path, dataset: DetectionDataset, metric: str) ->
             f"name one, as in --split {years[-1].removeprefix('VOC')}:test"
         )
     split = (dataset.split or "all").rpartition(":")[2]
-    return Submission(path, "voc", f"results/{years[0]}/Main/comp4_det_{split}_")
+    return SubmissionPlan(path, server, f"results/{_safe(years[0])}/Main/comp4_det_{_safe(split)}_")
+
+
+def _safe(name: str) -> str:
+    """A name that is one part of a path on every system: letters, digits and ``. _ -``, no dot in front."""
+    return re.sub(r"^\.+|[^\w.-]", "_", name, flags=re.ASCII) or "_"
+
+
+def _member_names(class_names: Sequence[str]) -> list[str]:
+    """A safe name for each class, different from each other also where upper and lower case are the same."""
+    taken: set[str] = set()
+    names = []
+    for class_name in class_names:
+        name = safe = _safe(class_name)
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{safe}-{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
 
 
 def _coco_split(dataset: DetectionDataset) -> str:

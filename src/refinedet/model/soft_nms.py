@@ -5,6 +5,33 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from refinedet.config import InferenceConfig
+
+
+def soften(
+    boxes: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    settings: InferenceConfig,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Soft-NMS of one image, if the config asks for it: the last step, as in the official code for COCO.
+
+    Args:
+        boxes: (D, 4) xyxy in pixels of the image, clipped to it.
+        scores: (D,).
+        labels: (D,).
+        settings: ``soft_nms_iou`` None leaves everything as it is.
+
+    Returns:
+        Boxes (E, 4), scores (E,) and labels (E,) that stay, best first.
+    """
+    if settings.soft_nms_iou is None:
+        return boxes, scores, labels
+    order, lowered = linear_soft_nms(
+        boxes, scores, labels, iou=settings.soft_nms_iou, score_threshold=settings.score_threshold
+    )
+    return boxes[order], lowered, labels[order]
+
 
 def linear_soft_nms(
     boxes: npt.NDArray[np.float32],

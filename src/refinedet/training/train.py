@@ -16,17 +16,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from refinedet.config import Preset, load_json, save_json, to_dict
+from refinedet.config import Preset, load_json, save_json
 from refinedet.data.layouts import open_joined
 from refinedet.data.records import DetectionDataset
 from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.evaluation.evaluate import collect_detections, evaluate_detections
 from refinedet.evaluation.page import write_page
-from refinedet.evaluation.report import Report, collect_detections, evaluate_detections
+from refinedet.evaluation.report import Report
+from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.files import check_output_folder, user_path
 from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
 from refinedet.model.backbones import imagenet_state
 from refinedet.model.network import RefineDetNetwork
+from refinedet.provenance import Provenance
 from refinedet.training.batches import training_batches
 from refinedet.training.distributed import World, join_world
 from refinedet.training.loss import RefineDetLoss, set_background_prior
@@ -322,7 +325,13 @@ class _Training:
         own = range(world.rank, count, world.size)
         detections = collect_detections(self._current(), dataset, own)
         merged = {index: one for part in world.gather(detections) for index, one in part.items()}
-        settings = {"model": to_dict(self.model.config), "iteration": self.trainer.iteration, "limit": limit}
+        settings = EvaluationSettings(
+            model=self.model.config,
+            iteration=self.trainer.iteration,
+            limit=limit,
+            trained_on=self.also_trained_on if limit is None else None,
+            provenance=Provenance.now(world.device),
+        )
         return evaluate_detections(dataset, merged, self.settings.metric, settings=settings)
 
     def _log_report(self, loggers: LoggerGroup, report: Report | None) -> None:

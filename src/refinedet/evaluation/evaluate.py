@@ -1,0 +1,396 @@
+"""A model, data, a figure: ``evaluate`` runs the one over the other and returns a ``Report``.
+
+The two halves are public as well, for whoever spreads the work over processes: ``collect_detections`` on a share of the
+images, then, with all shares merged, ``evaluate_detections``. Detections are keyed by the index of their image, so no
+image can count twice and the order in which they were found does not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from refinedet.data import DetectionDataset, list_splits, open_dataset
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.evaluation.detector import Detector
+from refinedet.evaluation.metrics import coco_average_precision, voc_result
+from refinedet.evaluation.multiscale import Form, MultiScale
+from refinedet.evaluation.outcomes import match_objects
+from refinedet.evaluation.report import METRICS, Metric, Report
+from refinedet.evaluation.settings import EvaluationSettings
+from refinedet.evaluation.sharing import check_class_names, share_classes
+from refinedet.provenance import Provenance
+
+if TYPE_CHECKING:
+    from refinedet.detections import Detections
+    from refinedet.detector import RefineDet
+
+Progress = Callable[[int, int], None]
+"""Called with (images done, images in all) after every batch."""
+
+_PIXELS_AT_ONCE = 64_000_000
+"""Pixels of decoded images that are held at a time; a single image may have more."""
+_HELD_OUT_SPLITS = ("test", "val", "valid", "validation")
+"""The default split is the first of these that the data has."""
+
+_log = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: Detector | str | Path,
+    data: str | Path | DetectionDataset,
+    split: str | None = None,
+    metric: Metric = "voc07",
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    threads: int = 2,
+    threshold: float | None = None,
+    multi_scale: bool = False,
+    shared_classes: bool = False,
+    device: str = "auto",
+    on_progress: Progress | None = None,
+) -> Report:
+    """Run a model over a dataset and measure how good its detections are.
+
+    Args:
+        model: a ``RefineDet``, or what ``RefineDet.from_pretrained`` loads: the name of a bundled model, a run folder,
+            a folder of weights. Its class names must be those of the data, unless ``shared_classes`` is set.
+        data: a folder or file that ``open_dataset`` understands, or a dataset already open.
+        split: which split of ``data``; "all" takes every image. Default: "test" or, where there is none, "val"; every
+            image of data that is not divided. Of no effect if ``data`` is already open.
+        metric: "voc07" (11-point AP of VOC 2007), "voc" (area AP of VOC 2010 and later) or "coco" (the twelve
+            numbers). Any of them works on any data: difficult and crowd objects never count and never punish.
+        batch_size: images that go through the network at once.
+        limit: only the first so many images.
+        threads: that decode images ahead of the network; memory does not grow with the data.
+        threshold: drop detections that score less. Default: keep what the model's post-processing keeps
+            (``config.inference.score_threshold``); anything higher costs average precision.
+        multi_scale: multi-scale testing with flips and box voting (``evaluation.multiscale``): the passes of the
+            paper's "+" rows for a model of 320 or 512 pixels, in COCO's form for "coco", else in VOC's. The network
+            sees 32 (VOC) or 40 (COCO) times the pixels of a single scale at 320, 16 or 37 times at 512.
+        shared_classes: measure a model on data of other classes, by those that both have
+            (``evaluation.sharing.share_classes``). The report has the data's names, in the model's order.
+        device: "cpu", "cuda" or "auto"; for a model that is given by its name.
+        on_progress: called with (images done, images in all).
+
+    Returns:
+        The report; ``report["mAP"]`` is in 0..1.
+
+    Raises:
+        RefineDetError: a file of the data is bad, no object is there to evaluate against, or the classes of model and
+            data differ (with ``shared_classes``: have nothing in common).
+        UsageError: an unknown metric, a missing folder, a batch size, limit or number of threads below 1, or
+            multi-scale testing of a model of another size.
+    """
+    _check_metric(metric)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, not {limit}")
+    detector, weights = _load(model, device)
+    runner: Detector = detector
+    passes: tuple[str, ...] = ()
+    if multi_scale:
+        form: Form = "coco" if metric == "coco" else "voc"
+        several = MultiScale(cast("RefineDet", detector), form, batch_size=max(1, batch_size))
+        runner, passes = several, tuple(str(one) for one in several.passes)
+    if isinstance(data, DetectionDataset):
+        dataset = data
+    else:
+        dataset = open_evaluation_data(data, split, detector, shared_classes=shared_classes)
+    left_out = None
+    if shared_classes:
+        shared = share_classes(runner, dataset)
+        runner, dataset, left_out = shared, shared.dataset, shared.left_out
+    else:
+        check_class_names(dataset, detector.class_names)
+    repaired = dataset.repaired()
+    if repaired:
+        _log.warning("%s: repaired while reading: %s", dataset.path, repaired)
+    indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
+    # Before the hour of inference, not after it.
+    _check_objects(dataset, indices)
+    began = time.perf_counter()
+    detections = collect_detections(
+        runner, dataset, indices, batch_size=batch_size, threads=threads, threshold=threshold, on_progress=on_progress
+    )
+    settings = EvaluationSettings(
+        model=detector.config,
+        weights=weights,
+        score_threshold=detector.config.inference.score_threshold if threshold is None else threshold,
+        batch_size=batch_size,
+        limit=limit,
+        multi_scale=multi_scale,
+        passes=passes,
+        left_out=left_out,
+        seconds_per_image=(time.perf_counter() - began) / max(1, len(indices)),
+        provenance=Provenance.now(getattr(detector, "device", "")),
+    )
+    return evaluate_detections(dataset, detections, metric, settings=settings)
+
+
+def _load(model: Detector | str | Path, device: str) -> tuple[Detector, str]:
+    """The detector, and its name if it was given by one."""
+    if not isinstance(model, (str, Path)):
+        return model, ""
+    from refinedet.detector import RefineDet
+    from refinedet.device import pick_device
+
+    return RefineDet.from_pretrained(model, device=pick_device(device)), str(model)
+
+
+def default_split(data: str | Path) -> str:
+    """The split that is evaluated where none is named: "test" or "val", and "all" of data that is not divided.
+
+    Raises:
+        UsageError: the data is divided, but into neither of them.
+    """
+    splits = list_splits(data)
+    if not splits or (len(splits) == 1 and Path(data).is_file()):
+        return "all"
+    for name in _HELD_OUT_SPLITS:
+        # COCO's splits carry a year: val2017.
+        if any(re.fullmatch(rf"{name}\d*", split) for split in splits):
+            return name
+    # Opened by that name, the data says which splits it has.
+    return _HELD_OUT_SPLITS[0]
+
+
+def open_evaluation_data(
+    path: str | Path,
+    split: str | None,
+    model: Detector,
+    *,
+    shared_classes: bool = False,
+    require_annotations: bool = True,
+) -> DetectionDataset:
+    """Open data to evaluate a model on.
+
+    Args:
+        path: a folder or file that ``open_dataset`` understands.
+        split: as for ``evaluate``.
+        model: its class names are those of the data, unless ``shared_classes`` is set.
+        shared_classes: take the classes of the data, whatever they are.
+        require_annotations: False also opens splits whose annotations are kept by a server.
+
+    Raises:
+        RefineDetError: a bad file, or an object of a class that the model lacks.
+        UsageError: no such folder or split.
+    """
+    if split is None:
+        split = default_split(path)
+    if shared_classes:
+        return open_dataset(path, split)
+    try:
+        return open_dataset(path, split, class_names=model.class_names, require_annotations=require_annotations)
+    except UsageError:
+        raise
+    except RefineDetError as error:
+        # The parser stops at the first object of a strange class. Most likely the model is not one for this data, and
+        # then the two lists side by side say more than the file.
+        try:
+            own = open_dataset(path, split)
+        except RefineDetError:
+            raise error from None
+        if set(own.class_names) - set(model.class_names):
+            check_class_names(own, model.class_names)
+        raise
+
+
+def collect_detections(
+    model: Detector,
+    dataset: DetectionDataset,
+    indices: Sequence[int] | None = None,
+    *,
+    batch_size: int = 8,
+    threads: int = 2,
+    threshold: float | None = None,
+    on_progress: Progress | None = None,
+) -> dict[int, Detections]:
+    """Run a model over images of a dataset.
+
+    Memory does not grow with the data. Batches of large images are smaller than ``batch_size``.
+
+    Args:
+        model: a ``RefineDet``.
+        dataset: the data.
+        indices: which images, as positions in ``dataset``; default: all. A process of several takes
+            ``range(rank, len(dataset), processes)``.
+        batch_size: images that go through the network at once.
+        threads: that decode images ahead of the network.
+        threshold: drop detections that score less; default: keep what post-processing keeps.
+        on_progress: called with (images done, images in all).
+
+    Returns:
+        Index of the image to its detections, boxes in pixels of the image.
+
+    Raises:
+        RefineDetError: an image cannot be read; it is named.
+        UsageError: batch size or number of threads below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("threads", threads)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    order = range(len(dataset)) if indices is None else indices
+    detections: dict[int, Detections] = {}
+    with closing(_decoded_batches(dataset, order, batch_size, threads)) as batches:
+        for part, images in batches:
+            detections.update(zip(part, model.predict_arrays(images, threshold=threshold), strict=True))
+            if on_progress is not None:
+                on_progress(len(detections), len(order))
+    return detections
+
+
+def _decoded_batches(
+    dataset: DetectionDataset, order: Sequence[int], batch_size: int, threads: int
+) -> Generator[tuple[list[int], list[npt.NDArray[np.uint8]]], None]:
+    """Batches of indices and their images, in order, decoded up to two batches or ``_PIXELS_AT_ONCE`` ahead."""
+    ahead = _split_batches(dataset, order, batch_size)
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        waiting: deque[tuple[list[int], int, list[Future[npt.NDArray[np.uint8]]]]] = deque()
+        upcoming = next(ahead, None)
+        try:
+            while waiting or upcoming is not None:
+                while upcoming is not None and len(waiting) < 3:
+                    pixels = sum(dataset[index].width * dataset[index].height for index in upcoming)
+                    if waiting and sum(size for _, size, _ in waiting) + pixels > _PIXELS_AT_ONCE:
+                        break
+                    waiting.append((upcoming, pixels, [pool.submit(dataset.load_image, i) for i in upcoming]))
+                    upcoming = next(ahead, None)
+                part, _, futures = waiting[0]
+                images = [future.result() for future in futures]
+                futures.clear()
+                # The batch keeps its place among the waiting ones, and so its pixels, until it has been used.
+                yield part, images
+                del images
+                waiting.popleft()
+        finally:
+            for _, _, futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+
+def _split_batches(dataset: DetectionDataset, order: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    batch: list[int] = []
+    pixels = 0
+    for index in order:
+        size = dataset[index].width * dataset[index].height
+        if batch and (len(batch) == batch_size or pixels + size > _PIXELS_AT_ONCE):
+            yield batch
+            batch, pixels = [], 0
+        batch.append(index)
+        pixels += size
+    if batch:
+        yield batch
+
+
+def evaluate_detections(
+    dataset: DetectionDataset,
+    detections: Mapping[int, Detections] | Sequence[Detections],
+    metric: Metric = "voc07",
+    *,
+    settings: EvaluationSettings | None = None,
+) -> Report:
+    """Measure detections against a dataset.
+
+    Args:
+        dataset: the data.
+        detections: for each image of ``dataset`` in order, or a mapping from the index of an image; then only the
+            images in the mapping are evaluated.
+        metric: "voc07", "voc" or "coco".
+        settings: how the detections were made, for the report.
+
+    Raises:
+        RefineDetError: no object is there to evaluate against.
+        UsageError: an unknown metric, or detections that do not fit the data.
+    """
+    _check_metric(metric)
+    by_index = _by_index(dataset, detections)
+    indices = sorted(by_index)
+    _check_objects(dataset, indices)
+
+    names = dataset.class_names
+    records = [dataset[index] for index in indices]
+    own = [by_index[index] for index in indices]
+    outcomes = match_objects(own, records, len(names), crowd_swallows=metric == "coco")
+    if metric == "coco":
+        # COCO's own ids where there are any: their order decides between tied scores.
+        ids = [record.image_id for record in records]
+        whole = [number for number in ids if isinstance(number, int)]
+        distinct = len(whole) == len(ids) and len(set(whole)) == len(ids)
+        coco = coco_average_precision(own, records, len(names), image_ids=whole if distinct else None)
+        average_precision, ap50 = coco.average_precision, coco.average_precision_50
+        figures = {"mAP": coco.numbers["AP"], **coco.numbers}
+        curves = list(coco.curves)
+    else:
+        voc = voc_result(outcomes, "11-point" if metric == "voc07" else "area")
+        average_precision = ap50 = voc.average_precision
+        figures = {"mAP": voc.mean}
+        curves = [voc.curve(label) for label in range(len(names))]
+    positives = outcomes.positives
+    return Report(
+        metric=metric,
+        figures=figures,
+        per_class=dict(zip(names, average_precision.tolist(), strict=True)),
+        per_class_ap50=dict(zip(names, ap50.tolist(), strict=True)),
+        objects=dict(zip(names, positives.tolist(), strict=True)),
+        split=dataset.split,
+        data=_data_name(dataset),
+        settings=replace(
+            settings or EvaluationSettings(), repaired=dataset.repaired() or "", data_digest=dataset.digest()
+        ),
+        curves={name: curve for name, curve, count in zip(names, curves, positives, strict=True) if count},
+        outcomes=outcomes,
+        detections=own,
+        dataset=dataset,
+        indices=indices,
+    )
+
+
+def _by_index(
+    dataset: DetectionDataset, detections: Mapping[int, Detections] | Sequence[Detections]
+) -> dict[int, Detections]:
+    if not isinstance(detections, Mapping):
+        if len(detections) != len(dataset):
+            raise UsageError(
+                f"{dataset.path}: {len(dataset)} images but detections of {len(detections)}; pass a mapping from the "
+                "index of the image to evaluate some of them"
+            )
+        return dict(enumerate(detections))
+    if detections and not (min(detections) >= 0 and max(detections) < len(dataset)):
+        raise UsageError(f"{dataset.path}: detections of image {max(detections)}, but it has {len(dataset)} images")
+    return dict(detections)
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise UsageError(f"unknown metric '{metric}': must be one of {', '.join(METRICS)}")
+
+
+def _check_objects(dataset: DetectionDataset, indices: Sequence[int]) -> None:
+    for index in indices:
+        record = dataset[index]
+        if not (record.difficult | record.crowd).all():
+            return
+    of_split = f" of split '{dataset.split}'" if dataset.split else ""
+    raise RefineDetError(
+        f"{dataset.path}: no object to evaluate against in {len(indices)} image{'s' * (len(indices) != 1)}{of_split} "
+        "(difficult and crowd ones do not count); choose another split or check the annotations with "
+        "'refinedet inspect'"
+    )
+
+
+def _data_name(dataset: DetectionDataset) -> str:
+    # Not the whole path: a report is shared, the folders of the machine that made it are nobody's business.
+    path = Path(str(dataset.path))
+    return path.name or path.resolve().name or str(path)
