@@ -267,7 +267,7 @@ def test_external_entity(root: Path) -> None:
 
 def test_xml_of_another_kind(root: Path) -> None:
     xml_of(root).write_text("<svg/>")
-    assert_bad_file(root, xml_of(root), "not a VOC annotation: its root is <svg>")
+    assert_bad_file(root, xml_of(root), "not a VOC annotation: its outermost element is not <annotation>")
 
 
 def test_broken_file_outside_the_split(root: Path) -> None:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from refinedet.data import coco, voc, yolo
-from refinedet.data.problems import ProblemLog
+from refinedet.data.classes import fault_of_name
+from refinedet.data.problems import ProblemLog, short_repr
 from refinedet.data.records import DetectionDataset, Layout, ReadRequest
 from refinedet.errors import UsageError
 
@@ -57,15 +58,11 @@ def open_dataset(
     """
     root = Path(path).expanduser()
     layout = _recognise(root)
-    if class_names is not None:
-        names = tuple(class_names)
-        if not names or len(set(names)) != len(names):
-            raise UsageError(f"class names must be different from each other and at least one, not {list(names)!r}")
-        class_names = names
+    names = None if class_names is None else _check_names(class_names)
     log = ProblemLog(strict=strict)
     whole, bounds = _split_part(split)
     part = None if whole in ("all", "") else whole
-    request = ReadRequest(root, part, class_names, require_annotations, allow_outside)
+    request = ReadRequest(root, part, names, require_annotations, allow_outside)
     dataset = layout.read(request, log)
     dataset.problems = log.problems
     if bounds is not None:
@@ -132,11 +129,16 @@ def list_splits(path: str | Path) -> tuple[str, ...]:
 
 
 def _recognise(root: Path) -> Layout:
-    if not root.exists():
-        raise UsageError(f"{root}: no such folder")
-    for layout in LAYOUTS.values():
-        if layout.recognises(root):
-            return layout
+    try:
+        if not root.exists():
+            raise UsageError(f"{root}: no such folder")
+    except OSError as error:  # a part of more than 255 bytes, links in a circle
+        raise UsageError(f"{_cut(str(root))}: no such folder ({error.strerror})") from None
+    for evidence in ("recognises", "resembles"):
+        for layout in LAYOUTS.values():
+            is_in_layout = getattr(layout, evidence)
+            if is_in_layout is not None and is_in_layout(root):
+                return layout
     if root.is_file():
         raise UsageError(f"{root}: a dataset is a folder, a COCO .json or a YOLO data.yaml")
     hint = ""
@@ -144,8 +146,30 @@ def _recognise(root: Path) -> Layout:
         hint = "; it has labels/ but no data.yaml, which must give the class names"
     elif any(root.glob("*.json")):
         hint = "; if one of its .json files is a COCO file, give the path of that file"
-    evidence = "; ".join(f"{layout.evidence} ({layout.name.upper()})" for layout in LAYOUTS.values())
-    raise UsageError(f"{root}: not a dataset: found none of {evidence}{hint}")
+    known = "; ".join(f"{layout.evidence} ({layout.name.upper()})" for layout in LAYOUTS.values())
+    raise UsageError(f"{root}: not a dataset: found none of {known}{hint}")
+
+
+def _check_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """The class names as a tuple.
+
+    Raises:
+        UsageError: not texts of one line, the same one twice, or none at all.
+    """
+    names = () if isinstance(class_names, str) else tuple(class_names)
+    for name in names:
+        fault = fault_of_name(name) if isinstance(name, str) else "is no text"
+        if fault is not None:
+            raise UsageError(f"class names must be texts on one line, but {short_repr(name)} {fault}")
+    if not names or len(set(names)) != len(names):
+        raise UsageError(
+            f"class names must be different from each other and at least one, not {_cut(repr(list(names)))}"
+        )
+    return names
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 _PART = re.compile(r"(?P<whole>[^\[\]]*)\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\]")

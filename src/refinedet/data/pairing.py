@@ -200,6 +200,12 @@ def _place(folder: Path) -> str:
     return "/".join(part for part in folder.parts if part.lower() not in _WORDS)
 
 
+def place_below(root: Path, file: Path) -> str:
+    """Path below ``root`` without ending and without the folders that keep images and labels apart."""
+    folder = _place(file.parent.relative_to(root))
+    return f"{folder}/{file.stem}" if folder else file.stem
+
+
 def _near_names(image: Path) -> list[str]:
     """Keys of an image whose label is called almost as it is."""
     place = _place(image.parent)
@@ -233,13 +239,15 @@ def _same_split(image: Path, label: Path) -> bool:
     return first is None or second is None or first.lower() == second.lower()
 
 
-def note_passed_over(files: FolderFiles, log: ProblemLog) -> None:
-    """Note the images that cannot be read here, and what only looks like a file."""
-    for file in files.passed_over:
+def note_passed_over(
+    files: FolderFiles, log: ProblemLog, is_asked_for: Callable[[Path], bool] = lambda _: True
+) -> None:
+    """Note the images that cannot be read here and what only looks like a file, as far as they are asked for."""
+    for file in filter(is_asked_for, files.passed_over):
         ending = file.suffix.lower()
         kind = ProblemKind(
             f"image with the ending {ending} passed over", f"images with the ending {ending} passed over", "image"
         )
         log.note(file, f"images with the ending {ending} cannot be read; passed over, convert it to .jpg or .png", kind)
-    for file in files.special:
+    for file in filter(is_asked_for, files.special):
         log.note(file, "is a pipe, a device or a broken link, not a file; passed over", NOT_A_FILE)

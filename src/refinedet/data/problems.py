@@ -59,6 +59,7 @@ NOT_A_FILE = ProblemKind(
     "pipe, device or broken link passed over", "pipes, devices or broken links passed over", "image"
 )
 SEVERAL_IMAGES = ProblemKind("image that shares its label file", "images that share their label file", "image")
+SECOND_LABEL = ProblemKind("second label file of an image left out", "second label files of an image left out", "file")
 NO_IMAGE = ProblemKind("label file without an image", "label files without an image", "image")
 OTHER_PLACE = ProblemKind(
     "label file found under another name or place", "label files found under another name or place", "file", lost=False

@@ -191,6 +191,8 @@ class Layout:
     """Names of the splits of a path that it recognises; empty if the data is not divided."""
     read: Callable[[ReadRequest, ProblemLog], DetectionDataset]
     """Reads the records of a split. Raises UsageError (unknown split) and, in strict mode, FaultyFileError."""
+    resembles: Callable[[Path], bool] | None = None
+    """Weaker evidence, such as label files anywhere below a folder; asked only where no layout recognises a path."""
     server: Literal["voc", "coco"] | None = None
     """Whose evaluation server takes results of such data; None if there is none."""
 

@@ -1,105 +1,46 @@
-"""PASCAL VOC folders: Annotations/*.xml, JPEGImages/, ImageSets/Main/<split>.txt.
+"""Reading PASCAL VOC folders and folders of one's own with VOC annotations.
 
 The devkit's corners are 1-based and inclusive; here they become pixel edges: (xmin - 1, ymin - 1, xmax, ymax).
-XML is read through defusedxml, which refuses entities instead of expanding them.
+``voc_folders`` finds the files, ``voc_xml`` reads one annotation.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-from xml.etree.ElementTree import ParseError
-
-from defusedxml import ElementTree
-from defusedxml.common import DefusedXmlException
 
 from refinedet.data.classes import VOC_CLASSES
+from refinedet.data.pairing import note_passed_over, split_folder
 from refinedet.data.problems import (
-    LISTED_TWICE,
     NAME_DIFFERS,
     NO_ANNOTATION,
-    NO_BOX,
     NO_SIZE,
+    SECOND_LABEL,
+    SEVERAL_IMAGES,
     FaultyFileError,
     ProblemLog,
     unknown_class,
     unknown_split,
 )
 from refinedet.data.records import BoxRules, DetectionDataset, Layout, ReadRequest, Record, RecordBuilder
+from refinedet.data.splits import choose_split
+from refinedet.data.voc_folders import VocContents, VocFolder, find_folders, find_loose_folder, list_contents
+from refinedet.data.voc_xml import VocAnnotation, parse_annotation
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import is_image_name, read_image_size
 
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
 _RULES = BoxRules(min_side=1.0)
 """Inclusive corners that coincide would be one pixel: a stray click of the annotator, never an object."""
 
 
-@dataclass(frozen=True)
-class VocFolder:
-    """One year, or a folder of one's own in the same shape."""
-
-    root: Path
-    annotations: Path
-    images: Path
-    sets: Path
-
-    @property
-    def is_year(self) -> bool:
-        """Whether it is called VOC2007 or the like."""
-        name = self.root.resolve().name
-        return name[:3].upper() == "VOC" and name[3:].isdigit()
-
-    @property
-    def year(self) -> str:
-        """The digits of VOC2007 and the like, else the folder's name."""
-        name = self.root.resolve().name
-        return name[3:] if self.is_year else name
-
-
-@dataclass(frozen=True)
-class _Object:
-    """An object as it stands in the file; ``box`` is already in pixel edges."""
-
-    name: str
-    box: tuple[float, float, float, float] | None
-    difficult: bool
-
-
-@dataclass(frozen=True)
-class _Annotation:
-    path: Path
-    filename: str
-    size: tuple[int, int] | None
-    objects: tuple[_Object, ...]
-
-
-def find_folders(path: Path) -> list[VocFolder]:
-    """VOC folders at ``path``: itself, or the year folders in it (or in a VOCdevkit in it), sorted by name."""
-    own = _as_folder(path)
-    if own is not None:
-        return [own]
-    if not path.is_dir():
-        return []
-    found = [folder for child in sorted(path.iterdir()) if child.is_dir() and (folder := _as_folder(child))]
-    if not found and (path / "VOCdevkit").is_dir():
-        return find_folders(path / "VOCdevkit")
-    return found
-
-
 def list_splits(path: Path) -> tuple[str, ...]:
     """Splits of any of the folders, sorted. The per-class lists of VOC (``cat_train``) are not among them."""
-    names = {name for folder in find_folders(path) for name in _split_files(folder)}
-    return tuple(sorted(name for name in names if "_" not in name or name.rsplit("_", 1)[1] not in names))
+    return _splits(_contents(path))
 
 
 def read_voc(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
-    """Read a VOCdevkit or a VOC folder.
+    """Read a VOCdevkit, a VOC folder, or a folder of one's own with VOC annotations.
 
     Without ``class_names`` the classes are those of all annotations of all folders in alphabetical order, so that the
     splits agree; for folders called VOC2007 and the like they are the 20 of VOC if there are no others.
@@ -108,316 +49,275 @@ def read_voc(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
     split: it comes with a few XML files, which are for another task.
 
     Args:
-        request: a path for which ``find_folders`` finds something; a split such as "train", "train+val",
-            "2007:trainval+2012:trainval", or None for every annotation.
+        request: a split such as "train", "train+val", "2007:trainval+2012:trainval", or None for every annotation.
         log: receives the problems.
 
     Raises:
         UsageError: unknown or empty split.
         RefineDetError: (strict) a file that cannot be used.
     """
-    path, split, class_names = request.path, request.split, request.class_names
-    folders = find_folders(path)
+    contents = _contents(request.path)
     if request.require_annotations:
-        # Beside annotated years, the pictures of a test set are nobody's concern here.
-        folders = [folder for folder in folders if folder.annotations.is_dir()] or folders
-    selection = _select(path, folders, split, log)
+        # Beside annotated years, the images of a test set are nobody's concern here.
+        contents = [part for part in contents if part.folder.annotations.is_dir()] or contents
+    selection = _select(request, contents, log)
     if not request.require_annotations:
-        if split is None and not any(selection):
-            selection = [sorted(_images_by_stem(folder.images)) for folder in folders]
-        pairs = list(zip(folders, selection, strict=True))
-        if any(not set(stems) <= _annotated_stems(folder) for folder, stems in pairs):
-            return _read_pictures(path, split, class_names, pairs, log)
-    parsed: dict[Path, _Annotation | None] = {}
-    for folder, stems in zip(folders, selection, strict=True):
-        wanted = set(stems) if class_names is not None else _annotated_stems(folder)
-        for stem in sorted(wanted & _annotated_stems(folder)):
-            annotation_path = folder.annotations / f"{stem}.xml"
-            try:
-                parsed[annotation_path] = _parse(annotation_path)
-            except FaultyFileError as error:
-                log.fatal(error)
-                parsed[annotation_path] = None
-    if class_names is None:
-        names = {item.name for annotation in parsed.values() if annotation for item in annotation.objects}
-        # A year of VOC that is here only in part still has all of VOC's classes; a folder of one's own has what it has.
-        of_voc = bool(names) and names.issubset(VOC_CLASSES) and all(folder.is_year for folder in folders)
-        classes = VOC_CLASSES if of_voc else tuple(sorted(names))
-    else:
-        classes = tuple(class_names)
+        if request.split is None and not any(selection):
+            selection = [sorted(part.images) for part in contents]
+        if any(not set(keys) <= part.annotations.keys() for part, keys in zip(contents, selection, strict=True)):
+            return _read_unannotated(request, contents, selection, log)
+    parsed = _parse(contents, selection, request.class_names, log)
+    classes = request.class_names or _classes(parsed.values(), contents)
     label_of = {name: label for label, name in enumerate(classes)}
-
     records: list[Record] = []
     seen: set[str] = set()
-    for folder, stems in zip(folders, selection, strict=True):
-        images = _images_by_stem(folder.images)
-        used: set[Path] = set()
-        for stem in stems:
-            annotation_path = folder.annotations / f"{stem}.xml"
+    for part, keys in zip(contents, selection, strict=True):
+        reader = _FolderReader(part, label_of, parsed, log)
+        for key in keys:
             try:
-                if annotation_path not in parsed:
-                    raise FaultyFileError(
-                        annotation_path, "no such annotation, but the split lists it; add it or remove it from the list"
-                    )
-                annotation = parsed[annotation_path]
-                if annotation is None:
-                    continue  # Already reported.
-                # Two folders may use the same stem; detections are filed by image_id, so it must tell them apart.
-                image_id = f"{folder.year}_{stem}" if stem in seen else stem
-                record = _to_record(annotation, image_id, folder, images, label_of, log)
+                record = reader.read(key, seen)
             except FaultyFileError as error:
                 log.fatal(error)
                 continue
-            seen.add(image_id)
-            used.add(record.image_path)
-            records.append(record)
-        if split is None:
-            for stem in sorted(images.keys() - set(stems)):
-                for name in images[stem]:
-                    if folder.images / name not in used:
-                        log.note(folder.images / name, "image has no annotation; left out", NO_ANNOTATION)
-    return DetectionDataset(records, classes, "voc", split, path)
+            if record is not None:
+                seen.add(str(record.image_id))
+                records.append(record)
+        _note_left_out(request, reader, set(keys))
+    return DetectionDataset(records, classes, "voc", request.split, request.path)
 
 
-def _read_pictures(
-    path: Path,
-    split: str | None,
-    class_names: Sequence[str] | None,
-    selection: Sequence[tuple[VocFolder, Sequence[str]]],
-    log: ProblemLog,
-) -> DetectionDataset:
-    """The pictures of a split without looking at annotations."""
-    records: list[Record] = []
-    seen: set[str] = set()
-    for folder, stems in selection:
-        images = _images_by_stem(folder.images)
-        for stem in stems:
-            image_path = folder.images / images.get(stem, [f"{stem}.jpg"])[0]
-            try:
-                try:
-                    size = read_image_size(image_path)
-                except RefineDetError as error:
-                    raise FaultyFileError(image_path, str(error).removeprefix(f"{image_path}: ")) from None
-                image_id = f"{folder.year}_{stem}" if stem in seen else stem
-                record = RecordBuilder(image_path, image_id, size, image_path, log).build()
-            except FaultyFileError as error:
-                log.fatal(error)
-                continue
-            seen.add(image_id)
-            records.append(record)
-    classes = VOC_CLASSES if class_names is None else tuple(class_names)
-    return DetectionDataset(records, classes, "voc", split, path, annotated=False)
+def _contents(path: Path) -> list[VocContents]:
+    folders = find_folders(path)
+    if not folders:
+        loose = find_loose_folder(path)
+        folders = [loose] if loose is not None else []
+    return [list_contents(folder) for folder in folders]
 
 
-def _as_folder(root: Path) -> VocFolder | None:
-    sets = root / "ImageSets" / "Main"
-    for folder in (root / "Annotations", root / "annotations"):
-        if folder.is_dir() and (sets.is_dir() or any(name.endswith(".xml") for name in _listing(folder))):
-            choices = [root / name for name in ("JPEGImages", "images", "Images")]
-            images = next((choice for choice in choices if choice.is_dir()), choices[0])
-            return VocFolder(root, folder, images, sets)
-    if sets.is_dir() and (root / "JPEGImages").is_dir():
-        # A test set as it comes from its server.
-        return VocFolder(root, root / "Annotations", root / "JPEGImages", sets)
-    return None
+def _splits(contents: Sequence[VocContents]) -> tuple[str, ...]:
+    names = {name for part in contents for name in part.splits()}
+    return tuple(sorted(name for name in names if "_" not in name or name.rsplit("_", 1)[1] not in names))
 
 
-def _listing(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be read ({error.strerror})") from None
-
-
-def _annotated_stems(folder: VocFolder) -> set[str]:
-    return {name[:-4] for name in _listing(folder.annotations) if name.endswith(".xml") and not name.startswith(".")}
-
-
-def _images_by_stem(folder: Path) -> dict[str, list[str]]:
-    images: dict[str, list[str]] = {}
-    for name in sorted(_listing(folder)):
-        if is_image_name(name):
-            images.setdefault(Path(name).stem, []).append(name)
-    return images
-
-
-def _split_files(folder: VocFolder) -> dict[str, Path]:
-    return {name[:-4]: folder.sets / name for name in sorted(_listing(folder.sets)) if name.endswith(".txt")}
-
-
-def _select(path: Path, folders: Sequence[VocFolder], split: str | None, log: ProblemLog) -> list[list[str]]:
-    """Stems to read of each folder."""
-    if split is None:
-        return [sorted(_annotated_stems(folder)) for folder in folders]
-    chosen: list[dict[str, None]] = [{} for _ in folders]  # Dicts, to drop repetitions and keep the order.
-    for part in split.split("+"):
-        year, _, name = part.strip().rpartition(":")
+def _select(request: ReadRequest, contents: Sequence[VocContents], log: ProblemLog) -> list[list[str]]:
+    """Keys to read of each folder."""
+    if request.split is None:
+        return [list(part.annotations) for part in contents]
+    chosen: list[dict[str, None]] = [{} for _ in contents]  # Dicts, to drop repetitions and keep the order.
+    splits = [part.splits() for part in contents]
+    years = [part.folder.year for part in contents]
+    for asked in (word.strip() for word in request.split.split("+")):
+        year, _, name = asked.rpartition(":")
         year = year[3:] if year[:3].upper() == "VOC" else year
-        if year and year not in {folder.year for folder in folders}:
-            years = ", ".join(folder.year for folder in folders)
-            raise UsageError(f"{path}: no year '{year}' for split '{part.strip()}'; available: {years}")
-        found = False
-        for stems, folder in zip(chosen, folders, strict=True):
-            files = _split_files(folder)
-            if name not in files or (year and folder.year != year):
-                continue
-            found = True
-            listed = _read_split(files[name], folder, log)
-            if not listed:
-                raise UsageError(f"{files[name]}: split '{name}' is empty; list one image per line")
-            stems.update(dict.fromkeys(listed))
-        if not found:
-            raise unknown_split(path, part.strip(), list_splits(path))
-    return [list(stems) for stems in chosen]
+        if year and year not in years:
+            raise UsageError(f"{request.path}: no year '{year}' for split '{asked}'; available: {', '.join(years)}")
+        own = [i for i in range(len(contents)) if year in ("", years[i])]
+        if not any(name in splits[i] for i in own):
+            available = _splits([contents[i] for i in own])
+            try:
+                name = choose_split(request.path, name, available)
+            except UsageError:
+                raise unknown_split(request.path, asked, _splits(contents)) from None
+        for i in own:
+            if name in splits[i]:
+                keys = contents[i].keys_of_split(name, log, allow_outside=request.allow_outside)
+                if not keys:
+                    raise UsageError(f"{splits[i][name]}: split '{name}' is empty; list one image per line")
+                chosen[i].update(dict.fromkeys(keys))
+    return [list(keys) for keys in chosen]
 
 
-def _read_split(path: Path, folder: VocFolder, log: ProblemLog) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RefineDetError(f"{path}: cannot be read ({error})") from None
-    annotated = _annotated_stems(folder)
-    stems: dict[str, None] = {}
-    for line in lines:
-        stem = line.strip()
-        if stem not in annotated and stem.endswith((" -1", " 0", " 1")):
-            # Per-class lists carry a second column: 1 present, 0 only difficult ones, -1 absent.
-            stem, _, flag = stem.rpartition(" ")
-            stem = "" if flag == "-1" else stem.strip()
-        if not stem:
-            continue
-        if stem not in annotated and is_image_name(stem):
-            stem = Path(stem).stem
-        if stem in stems:
-            log.note(path, f"'{stem}' is listed twice; read once", LISTED_TWICE)
-        stems[stem] = None
-    return list(stems)
+def _parse(
+    contents: Sequence[VocContents],
+    selection: Sequence[Sequence[str]],
+    class_names: Sequence[str] | None,
+    log: ProblemLog,
+) -> dict[Path, VocAnnotation | None]:
+    """Annotations by their path: the selected ones, or all where these give the classes. None are the faulty ones."""
+    parsed: dict[Path, VocAnnotation | None] = {}
+    for part, keys in zip(contents, selection, strict=True):
+        wanted = keys if class_names is not None else part.annotations
+        for path in sorted(part.annotations[key] for key in wanted if key in part.annotations):
+            try:
+                parsed[path] = parse_annotation(path)
+            except FaultyFileError as error:
+                log.fatal(error)
+                parsed[path] = None
+    return parsed
 
 
-def _parse(path: Path) -> _Annotation:
-    try:
-        root = ElementTree.fromstring(path.read_bytes())
-    except OSError as error:
-        raise FaultyFileError(path, f"cannot be read ({error.strerror})") from None
-    except DefusedXmlException:
+def _classes(parsed: Iterable[VocAnnotation | None], contents: Sequence[VocContents]) -> tuple[str, ...]:
+    names = {name for annotation in parsed if annotation for name in annotation.names.values()}
+    # A year of VOC that is here only in part still has all of VOC's classes; a folder of one's own has what it has.
+    of_voc = bool(names) and names.issubset(VOC_CLASSES) and all(part.folder.is_year for part in contents)
+    return VOC_CLASSES if of_voc else tuple(sorted(names))
+
+
+@dataclass
+class _FolderReader:
+    """Makes records of the annotations of one folder, and remembers which images they use."""
+
+    contents: VocContents
+    label_of: dict[str, int]
+    parsed: dict[Path, VocAnnotation | None]
+    log: ProblemLog
+    used: dict[Path, Path] = field(default_factory=dict)
+    """Image -> annotation of the records so far."""
+
+    def read(self, key: str, seen: set[str]) -> Record | None:
+        """The record of a key; None if its annotation was reported before or its image is passed over.
+
+        Raises:
+            FaultyFileError: no annotation, no image, two annotations for the image, an unknown class.
+        """
+        folder = self.contents.folder
+        path = self.contents.annotations.get(key)
+        if path is None:
+            if key in self.contents.passed_over:
+                return None
+            shown = key if len(key) <= 200 else f"{key[:80]}..."
+            raise FaultyFileError(
+                folder.annotations / f"{shown}.xml",
+                "no such annotation, but the split lists it; add it or remove it from the list",
+            )
+        annotation = self.parsed[path]
+        if annotation is None:
+            return None
+        for index, name in annotation.names.items():
+            if name not in self.label_of:
+                raise unknown_class(path, name, tuple(self.label_of), where=f"object {index}: ")
+        image = self._find_image(key, annotation)
+        if image is None:
+            return None
+        if image in self.used:
+            raise FaultyFileError(
+                path, f"its image {image.name} is already that of {self.used[image].name}; keep all objects in one file"
+            )
+        size = annotation.size
+        if size is None:
+            try:
+                size = read_image_size(image)
+            except RefineDetError as error:
+                raise FaultyFileError(path, f"gives no image size, and {error}") from None
+            self.log.note(path, f"gives no image size; {size[0]}x{size[1]} taken from {image.name}", NO_SIZE)
+        self.used[image] = path
+        for message, kind in annotation.notes:
+            self.log.note(path, message, kind)
+        builder = RecordBuilder(image, image_id(key, folder, seen), size, path, self.log, _RULES)
+        for item in annotation.objects:
+            builder.add(item.box, self.label_of[item.name], item.describe, difficult=item.difficult)
+        return builder.build()
+
+    def _find_image(self, key: str, annotation: VocAnnotation) -> Path | None:
+        """The annotation's image: that of the same name, as the devkit has it, else what <filename> says.
+
+        None if it is one of those that cannot be read here, which are noted once.
+        """
+        path, filename = annotation.path, annotation.filename
+        fitting = self.contents.matches.images_of.get(path, [])
+        named = next((image for image in fitting if image.name == filename), None)
+        if named is not None:
+            return named
+        if fitting and fitting[0].stem == path.stem:
+            stated = Path(filename).stem if is_image_name(filename) else filename
+            if filename and stated != path.stem:
+                message = f"<filename> is '{_cut(filename)}'; {fitting[0].name} is used, which has the same stem"
+                self.log.note(path, message, NAME_DIFFERS)
+            return fitting[0]
+        by_name = self.contents.images_by_name.get(filename, [])
+        beside = [image for image in by_name if self.contents.key(image).rpartition("/")[0] == key.rpartition("/")[0]]
+        for images in (beside, by_name, fitting):
+            if len(images) == 1:
+                message = f"no image has the stem '{path.stem}'; {images[0].name} is used, as <filename> says"
+                if images is fitting:
+                    message = f"no image has the stem '{path.stem}'; {images[0].name} is used, the only one that fits"
+                self.log.note(path, message, NAME_DIFFERS)
+                return images[0]
+        if key in self.contents.passed_over:
+            return None
+        where = self.contents.folder.images
         raise FaultyFileError(
             path,
-            "XML declares entities, which are refused because they can exhaust memory or read other files; "
-            "remove its DOCTYPE",
-        ) from None
-    except (ParseError, ValueError, LookupError) as error:
-        raise FaultyFileError(path, f"not well-formed XML ({error}); it may be cut off: restore it") from None
-    if root.tag != "annotation":
-        raise FaultyFileError(path, f"not a VOC annotation: its root is <{root.tag}>, not <annotation>")
-    # Only direct children: the parts of a person (head, hand, foot) are objects of another task.
-    objects = tuple(_parse_object(path, index, item) for index, item in enumerate(root.findall("object"), start=1))
-    filename = (root.findtext("filename") or "").strip().replace("\\", "/").rsplit("/", 1)[-1]
-    return _Annotation(path, filename, _parse_size(root), objects)
-
-
-def _parse_size(root: Element) -> tuple[int, int] | None:
-    """(width, height), or None where the file gives none that can be true."""
-    try:
-        width, height = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-    except (ValueError, OverflowError):
-        return None
-    return (width, height) if width > 0 and height > 0 else None
-
-
-def _parse_object(path: Path, index: int, item: Element) -> _Object:
-    name = (item.findtext("name") or "").strip()
-    if not name:
-        raise FaultyFileError(path, f"object {index} has no class name; add its <name>")
-    difficult = (item.findtext("difficult") or "0").strip().lower() in ("1", "true")
-    bndbox = item.find("bndbox")
-    if bndbox is None:
-        return _Object(name, None, difficult)
-    corners = []
-    for corner in ("xmin", "ymin", "xmax", "ymax"):
-        text = (bndbox.findtext(corner) or "").strip()
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise FaultyFileError(path, f"object {index} ({name}): <{corner}> is '{text}', not a number")
-        corners.append(value)
-    return _Object(name, (corners[0] - 1, corners[1] - 1, corners[2], corners[3]), difficult)
-
-
-def _to_record(
-    annotation: _Annotation,
-    image_id: str,
-    folder: VocFolder,
-    images: dict[str, list[str]],
-    label_of: dict[str, int],
-    log: ProblemLog,
-) -> Record:
-    path = annotation.path
-    for index, item in enumerate(annotation.objects, start=1):
-        if item.name not in label_of:
-            raise unknown_class(path, item.name, tuple(label_of), where=f"object {index}: ")
-    image_path = folder.images / _find_image(annotation, folder, images, log)
-    size = annotation.size
-    if size is None:
-        try:
-            size = read_image_size(image_path)
-        except RefineDetError as error:
-            raise FaultyFileError(path, f"gives no image size, and {error}") from None
-        log.note(path, f"gives no image size; {size[0]}x{size[1]} taken from {image_path.name}", NO_SIZE)
-    builder = RecordBuilder(image_path, image_id, size, path, log, _RULES)
-    for index, item in enumerate(annotation.objects, start=1):
-        if item.box is None:
-            log.note(path, f"object {index} ({item.name}) has no <bndbox>; dropped", NO_BOX)
-        else:
-            builder.add(item.box, label_of[item.name], partial(_describe, index, item), difficult=item.difficult)
-    return builder.build()
-
-
-def _describe(index: int, item: _Object) -> str:
-    """The object as it stands in the file."""
-    assert item.box is not None
-    x1, y1, x2, y2 = item.box
-    return f"object {index} ({item.name}): box xmin={x1 + 1:g} ymin={y1 + 1:g} xmax={x2:g} ymax={y2:g}"
-
-
-def _find_image(annotation: _Annotation, folder: VocFolder, images: dict[str, list[str]], log: ProblemLog) -> str:
-    """File name of the annotation's picture: that of the same stem, as the devkit has it, else what <filename> says."""
-    stem, filename = annotation.path.stem, annotation.filename
-    candidates = images.get(stem, [])
-    if filename in candidates:
-        return filename
-    if candidates:
-        said = Path(filename).stem if is_image_name(filename) else filename
-        if filename and said != stem:
-            log.note(
-                annotation.path,
-                f"<filename> is '{filename}'; {candidates[0]} is used, which has the same stem",
-                NAME_DIFFERS,
-            )
-        return candidates[0]
-    if filename and filename in images.get(Path(filename).stem, []):
-        log.note(
-            annotation.path, f"no image has the stem '{stem}'; {filename} is used, as <filename> says", NAME_DIFFERS
+            f"its image is missing: no {path.stem}.jpg, .jpeg or .png in {where}; restore the image or remove it from "
+            "the split",
         )
-        return filename
-    raise FaultyFileError(
-        annotation.path,
-        f"its image is missing: no {stem}.jpg, .jpeg or .png in {folder.images}; restore the image or "
-        "remove it from the split",
-    )
+
+
+def image_id(key: str, folder: VocFolder, seen: set[str]) -> str:
+    """What detections are filed under: the stem, unless an image before has it; then its folder or year is added."""
+    stem = key.rsplit("/", 1)[-1]
+    if stem not in seen:
+        return stem
+    return key if "/" in key and key not in seen else f"{folder.year}_{key}"
+
+
+def _note_left_out(request: ReadRequest, reader: _FolderReader, keys: set[str]) -> None:
+    """Note what of a folder is in no record although it belongs to what was asked for."""
+    contents, log = reader.contents, reader.log
+
+    def is_asked_for(file: Path) -> bool:
+        key = contents.key(file)
+        return request.split is None or key in keys or split_folder(key.split("/")[:-1]) == request.split
+
+    note_passed_over(contents.files, log, is_asked_for)
+    for file in filter(is_asked_for, contents.second_annotations):
+        first = contents.annotations[contents.key(file)]
+        log.note(file, f"{first} is another annotation of the same image; this one is left out", SECOND_LABEL)
+    for image in contents.files.images:
+        key = contents.key(image)
+        if image in reader.used or not is_asked_for(image):
+            continue
+        if request.split is None and key not in contents.annotations:
+            log.note(image, "image has no annotation; left out", NO_ANNOTATION)
+        elif any(other in reader.used for other in contents.images[key]):
+            other = next(other for other in contents.images[key] if other in reader.used)
+            log.note(image, f"shares its annotation with {other.name}, which is used; left out", SEVERAL_IMAGES)
+
+
+def _read_unannotated(
+    request: ReadRequest, contents: Sequence[VocContents], selection: Sequence[Sequence[str]], log: ProblemLog
+) -> DetectionDataset:
+    """The images of a split without looking at annotations."""
+    records: list[Record] = []
+    seen: set[str] = set()
+    for part, keys in zip(contents, selection, strict=True):
+        for key in keys:
+            images = part.images.get(key)
+            try:
+                if images is None:
+                    missing = part.folder.images / f"{_cut(key)}.jpg"
+                    raise FaultyFileError(missing, "no such image file, but the split lists it")
+                try:
+                    size = read_image_size(images[0])
+                except RefineDetError as error:
+                    raise FaultyFileError(images[0], str(error).removeprefix(f"{images[0]}: ")) from None
+                builder = RecordBuilder(images[0], image_id(key, part.folder, seen), size, images[0], log)
+                records.append(builder.build())
+            except FaultyFileError as error:
+                log.fatal(error)
+                continue
+            seen.add(str(records[-1].image_id))
+    classes = request.class_names or VOC_CLASSES
+    return DetectionDataset(records, classes, "voc", request.split, request.path, annotated=False)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _recognises(path: Path) -> bool:
     return bool(find_folders(path))
 
 
+def _resembles(path: Path) -> bool:
+    return find_loose_folder(path) is not None
+
+
 LAYOUT = Layout(
     name="voc",
-    evidence="Annotations/*.xml",
+    evidence="XML annotations",
     recognises=_recognises,
+    resembles=_resembles,
     splits=list_splits,
     read=read_voc,
     server="voc",
