@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_lists_of_images(tmp_path: Path, line: str) -> None:
     (tmp_path / "Train.txt").write_text(f"{line}\n\n")
     (tmp_path / "data.yaml").write_text("Train: Train.txt\npath: .\nnames: {0: cat}\n")
     assert counts(open_dataset(tmp_path, "train")) == {"a.jpg": 1}  # b.txt belongs to b.jpg, which is not listed
+
+
+def test_a_list_with_names_that_are_no_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode("图.jpg".encode("gbk"))
+    write_images(tmp_path / "images", [name])
+    write_labels(tmp_path / "labels", [name.replace(".jpg", ".txt")])
+    (tmp_path / "list.txt").write_bytes(b"images/" + os.fsencode(name) + b"\n")
+    (tmp_path / "data.yaml").write_text("train: list.txt\nnames: [cat]\n")
+    assert counts(open_dataset(tmp_path, "train")) == {name: 1}
 
 
 def test_a_list_of_missing_images_is_one_problem(yaml_folder: YamlFolder) -> None:

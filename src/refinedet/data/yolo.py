@@ -68,11 +68,12 @@ def read_yolo(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
 
 def _new_id(image: Path, folders: Iterable[Path], seen: set[str]) -> str:
     """The stem of an image; where folders share stems, its path in the data, as detections are filed under it."""
-    folder = next((folder for folder in folders if is_below(image, folder)), None)
-    path = image if folder is None else image.relative_to(folder)
-    for image_id in (image.stem, path.with_suffix("").as_posix(), path.as_posix(), image.as_posix()):
-        if image_id not in seen:
-            break
+    image_id = image.stem
+    if image_id in seen:
+        folder = next((folder for folder in folders if is_below(image, folder)), None)
+        path = image if folder is None else image.relative_to(folder)
+        names = (path.with_suffix("").as_posix(), path.as_posix(), image.as_posix())
+        image_id = next((name for name in names if name not in seen), names[-1])
     seen.add(image_id)
     return image_id
 

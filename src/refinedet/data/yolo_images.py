@@ -216,9 +216,8 @@ class SplitImages:
         """The images on the lines of a list file."""
         self.lists.append(file)
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise RefineDetError(f"{file}: cannot be read (it is not UTF-8 text)") from None
+            # File names are bytes; those that are no UTF-8 are carried through.
+            lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         except OSError as error:
             raise RefineDetError(f"{file}: cannot be read ({error.strerror})") from None
         here, root = self._description.folder, self._description.root
