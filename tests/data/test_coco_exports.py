@@ -92,6 +92,11 @@ def test_folders_named_by_split(tmp_path: Path) -> None:
     assert len(open_dataset(tmp_path, "test")) == 1
 
 
+def test_the_folder_of_annotations_itself(write_coco: Callable[..., Path]) -> None:
+    root = write_coco([image(1, "a.jpg")], [annotation(1, 1)])
+    assert open_dataset(root / "annotations", "train")[0].image_path.samefile(root / "train/a.jpg")
+
+
 def test_json_beside_another_layout_does_not_count(yolo_folder: Callable[..., Path]) -> None:
     root = yolo_folder()
     write_json(root / "labels.json", [], [])

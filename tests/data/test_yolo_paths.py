@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -143,6 +144,18 @@ def test_names_that_contradict_each_other(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
+def test_class_names_beside_the_annotations_of_another_tool(tmp_path: Path) -> None:
+    # labelImg leaves its classes.txt behind when it is switched from YOLO to PASCAL VOC.
+    write_images(tmp_path, ["a.jpg"])
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "a.xml").write_text(
+        "<annotation><filename>a.jpg</filename><size><width>160</width><height>120</height></size><object><name>dog"
+        "</name><bndbox><xmin>21</xmin><ymin>21</ymin><xmax>60</xmax><ymax>60</ymax></bndbox></object></annotation>"
+    )
+    assert detect_layout(tmp_path) == "voc"
+    assert open_dataset(tmp_path).class_names == ("dog",)
+
+
 # What lies outside of the data.
 
 
@@ -196,10 +209,14 @@ def test_folders_above_are_refused(yaml_folder: YamlFolder, text: str) -> None:
 
 def test_links_in_a_circle(yaml_folder: YamlFolder) -> None:
     root = yaml_folder(["a.jpg"], ["a.txt"])
-    (root / "train/images/loop").symlink_to(root)
-    (root / "train/images/self").symlink_to(root / "train/images/self")
-    (root / "train/images/top").symlink_to("/")
+    for folder in (root / "train/images", root / "train/labels", root / "valid/labels"):
+        (folder / "loop").symlink_to(root)
+        (folder / "self").symlink_to(folder / "self")
+        (folder / "top").symlink_to("/")
+    shutil.rmtree(root / "valid/images")
+    write_images(root / "valid/images", ["other.jpg"])  # without labels, so these are looked for everywhere
     assert counts(open_dataset(root, "train")) == {"a.jpg": 1}
+    assert counts(open_dataset(root, strict=False)) == {"a.jpg": 1}
 
 
 def test_what_foreign_files_say_is_never_shown(yaml_folder: YamlFolder, tmp_path: Path) -> None:

@@ -24,15 +24,17 @@ from refinedet.errors import UsageError
 ROBOFLOW_NAME = "_annotations.coco.json"
 _OTHER_TASKS = ("captions_", IMAGES_ONLY, "panoptic_", "stuff_", "person_keypoints_")
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLIT_FOLDERS))})(-?dev)?\d*")
-_YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
-"""Files by which another layout says that it is meant; JSON of any name beside them does not count."""
-
 
 def find_annotation_files(path: Path, *, unannotated: bool = False) -> dict[str, Path]:
     """Split name -> JSON file of a COCO folder (or of the JSON file itself), sorted by name; empty if it is none.
 
+    Files in the usual places come first; failing these, JSON files of any name that have the keys of COCO.
     ``unannotated`` adds the files that only list images, where their split has no other.
     """
+    return _usual_files(path, unannotated) or _files_of_any_name(path)
+
+
+def _usual_files(path: Path, unannotated: bool) -> dict[str, Path]:
     if path.is_file():
         return {_split_name(path): path}
     if (path / ROBOFLOW_NAME).is_file():
@@ -45,8 +47,6 @@ def find_annotation_files(path: Path, *, unannotated: bool = False) -> dict[str,
     files = {_split_name(file): file for file in instances or others}
     if not files:
         files = {file.parent.name: file for file in sorted(path.glob(f"*/{ROBOFLOW_NAME}"))}
-    if not files and not candidates and not any((path / name).is_file() for name in _YAML_NAMES):
-        files = _files_of_any_name(path)
     if unannotated:
         for file in candidates:
             if file.name.startswith(IMAGES_ONLY):
@@ -194,7 +194,11 @@ def _choose(path: Path, split: str, files: dict[str, Path]) -> list[str]:
 def _recognises(path: Path) -> bool:
     if path.is_file():
         return path.suffix.lower() == ".json"
-    return bool(find_annotation_files(path, unannotated=True))
+    return bool(_usual_files(path, unannotated=True))
+
+
+def _resembles(path: Path) -> bool:
+    return bool(_files_of_any_name(path))
 
 
 LAYOUT = Layout(
@@ -203,5 +207,6 @@ LAYOUT = Layout(
     recognises=_recognises,
     splits=list_splits,
     read=read_coco,
+    resembles=_resembles,
     server="coco",
 )

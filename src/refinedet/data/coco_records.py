@@ -267,8 +267,11 @@ class _BoxForms:
 
 
 def data_folder(path: Path, file: Path) -> Path:
-    """The folder that the images of a COCO file must lie in: what was opened, or what holds the opened file."""
-    if path.is_dir():
+    """The folder that the images of a COCO file must lie in: what was opened, or what holds the opened file.
+
+    A folder called "annotations" holds the files only; its images lie beside it.
+    """
+    if path.is_dir() and path.resolve().name.lower() != "annotations":
         return path
     above = file.absolute().parent
     return above.parent if above.name.lower() == "annotations" else above

@@ -58,8 +58,8 @@ class FolderFiles:
 def list_files(folder: Path, label_ending: str, *, skip: Callable[[Path], bool] | None = None) -> FolderFiles:
     """List images and label files of a folder and its subfolders.
 
-    Hidden files and folders are not looked at. Links to folders are followed, each folder is listed once, so that links
-    in a circle end.
+    Hidden files and folders are not looked at. Links to folders are followed, but not to those that contain ``folder``,
+    such as the root of the file system; each folder is listed once, so that links in a circle end.
 
     Args:
         folder: where to look; one that does not exist is empty.
@@ -68,6 +68,7 @@ def list_files(folder: Path, label_ending: str, *, skip: Callable[[Path], bool] 
     """
     files = FolderFiles()
     seen: set[tuple[int, int]] = set()
+    real = os.path.realpath(folder)
 
     def walk(place: Path, depth: int) -> None:
         try:
@@ -90,8 +91,9 @@ def list_files(folder: Path, label_ending: str, *, skip: Callable[[Path], bool] 
                 _file_away(files, entry, path, label_ending)
         if depth < _DEPTH:
             # Folders before links to them, so that a file is known by the path at which it really lies.
-            for _, path in sorted(folders):
-                if skip is None or not skip(path):
+            for is_link, path in sorted(folders):
+                leads_up = is_link and os.path.commonpath([real, target := os.path.realpath(path)]) == target
+                if not leads_up and (skip is None or not skip(path)):
                     walk(path, depth + 1)
 
     walk(folder, 0)

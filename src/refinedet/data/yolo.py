@@ -154,7 +154,11 @@ def _describe(number: int, name: str, box: tuple[float, float, float, float]) ->
 
 
 def _recognises(path: Path) -> bool:
-    return find_description(path) is not None or find_names_file(path) is not None
+    return find_description(path) is not None
+
+
+def _resembles(path: Path) -> bool:
+    return find_names_file(path) is not None
 
 
 LAYOUT = Layout(
@@ -163,4 +167,5 @@ LAYOUT = Layout(
     recognises=_recognises,
     splits=list_splits,
     read=read_yolo,
+    resembles=_resembles,
 )

@@ -201,16 +201,9 @@ class SplitImages:
         )
 
     def _list(self, folder: Path) -> list[Path]:
-        files = self.list_files(folder)
+        files = list_files(folder, LABEL_ENDING)
         note_passed_over(FolderFiles(passed_over=files.passed_over, special=files.special), self._log)
         return files.images
-
-    def list_files(self, folder: Path) -> FolderFiles:
-        """Images and label files of a folder. Links to folders that contain the data are not followed."""
-        real = os.path.realpath(self._description.folder)
-        return list_files(
-            folder, LABEL_ENDING, skip=lambda path: path.is_symlink() and is_below(real, os.path.realpath(path))
-        )
 
     def _read_list(self, file: Path) -> list[Path]:
         """The images on the lines of a list file."""

@@ -82,7 +82,7 @@ class LabelFiles:
         seen = set(known.labels)
         for folder in self._source.folders:
             if folder.is_dir():
-                below = self._source.list_files(folder)
+                below = list_files(folder, LABEL_ENDING)
                 labels = [label for label in below.labels if label not in seen and self._is_label(label)]
                 files.add(FolderFiles(images=below.images, labels=labels))
         return files
