@@ -25,6 +25,7 @@ ROBOFLOW_NAME = "_annotations.coco.json"
 _OTHER_TASKS = ("captions_", IMAGES_ONLY, "panoptic_", "stuff_", "person_keypoints_")
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLIT_FOLDERS))})(-?dev)?\d*")
 
+
 def find_annotation_files(path: Path, *, unannotated: bool = False) -> dict[str, Path]:
     """Split name -> JSON file of a COCO folder (or of the JSON file itself), sorted by name; empty if it is none.
 
