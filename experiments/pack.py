@@ -26,10 +26,10 @@ import numpy as np
 from PIL import Image
 
 from experiments.steps import run_main
-from refinedet.config import load_json, save_json
 from refinedet.data.layouts import open_dataset
 from refinedet.data.records import DetectionDataset, Record
 from refinedet.data.voc import find_folders
+from refinedet.dataclass_json import load_json, save_json
 from refinedet.detector import WEIGHTS_FILE, RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json, write_atomically, write_bytes

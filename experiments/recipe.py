@@ -29,8 +29,9 @@ from experiments.steps import (
     train_on,
     write_results,
 )
-from refinedet.config import Preset, from_dict, to_dict
+from refinedet.config import Preset
 from refinedet.data.layouts import open_dataset
+from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.device import pick_device
 from refinedet.presets import get_preset
 

@@ -3,26 +3,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
-from refinedet.config import (
-    PRESETS,
-    AugmentConfig,
-    InferenceConfig,
-    LossConfig,
-    ModelConfig,
-    Preset,
-    TrainConfig,
-    from_dict,
-    get_preset,
-    load_json,
-    save_json,
-    to_dict,
-)
+from refinedet.config import AugmentConfig, InferenceConfig, LossConfig, ModelConfig, Preset, Range, TrainConfig
+from refinedet.dataclass_json import from_dict, load_json, save_json, to_dict
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.presets import PRESETS, get_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -74,7 +64,7 @@ def test_missing_keys_take_defaults() -> None:
         ({"num_classes": 1.5}, "num_classes: expected int, found 1.5"),
         ({"image_size": [320]}, "image_size: expected 2 values, found 1"),
         ({"image_size": 320}, "image_size: expected a list"),
-        ({"image_size": [320, 321]}, "image_size must be two multiples of 64"),
+        ({"image_size": [320, 321]}, "image_size must be a multiple of 64, not 321 in (320, 321)"),
         ({"inference": 3}, "inference: expected an object"),
         ([], "expected an object"),
     ],
@@ -129,12 +119,86 @@ def test_missing_required_key_is_refused() -> None:
         (TrainConfig, {"ema_decay": 1.0}),
         (TrainConfig, {"batch_size": 4, "accumulation_steps": 3}),
         (TrainConfig, {"workers": -1}),
+        (TrainConfig, {"weight_decay": float("inf")}),
+        (TrainConfig, {"gamma": float("nan")}),
+        (TrainConfig, {"gradient_clip_norm": float("inf")}),
+        (TrainConfig, {"seed": -1}),
+        (TrainConfig, {"seed": 2**64}),
+        (TrainConfig, {"learning_rate": 10**400}),
+        (TrainConfig, {"iterations": 10**400}),
+        (TrainConfig, {"iterations": 2.5}),
+        (TrainConfig, {"batch_size": True}),
+        (TrainConfig, {"milestones": (5, -5)}),
+        (TrainConfig, {"milestones": 5}),
+        (TrainConfig, {"size_schedule": ((0, 100),)}),
+        (TrainConfig, {"size_schedule": ((0, 128, 5),)}),
+        (TrainConfig, {"metric": "voc7"}),
+        (TrainConfig, {"train_split": 3}),
+        (TrainConfig, {"augment": None}),
+        (AugmentConfig, {"expand_ratio": float("inf")}),
+        (AugmentConfig, {"crop": "yes"}),
+        (LossConfig, {"focal_gamma": 0.5}),
+        (ModelConfig, {"anchor_sizes": (32.0, 64.0, float("inf"), 256.0)}),
+        (ModelConfig, {"anchor_sizes": (32.0, 64.0, 0.0, 256.0)}),
+        (ModelConfig, {"aspect_ratios": (1.0,) * 20_000}),
+        (ModelConfig, {"std": (1.0, 1e-30, 1.0)}),
+        (ModelConfig, {"mean": (float("nan"), 0.0, 0.0)}),
+        (ModelConfig, {"tcb_channels": 4_000}),
+        (ModelConfig, {"num_classes": 300_000_000}),
+        (ModelConfig, {"num_classes": 10_000, "aspect_ratios": (1.0,) * 32}),
+        (ModelConfig, {"image_size": (64, 6_400_000)}),
     ],
 )
 def test_impossible_values_are_refused(kind: type[Any], values: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="must be") as caught:
         kind(**values)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("kind", [ModelConfig, InferenceConfig, AugmentConfig, LossConfig, TrainConfig])
+def test_every_number_has_a_range(kind: type[Any]) -> None:
+    """A number whose annotation states no range would let any finite value pass."""
+
+    def without_range(hint: Any) -> bool:
+        if typing.get_origin(hint) is Annotated:
+            return not any(isinstance(extra, Range) for extra in hint.__metadata__)
+        return hint in (int, float) or any(
+            without_range(part) for part in typing.get_args(hint) if part is not Ellipsis
+        )
+
+    hints = typing.get_type_hints(kind, include_extras=True)
+    assert [name for name, hint in hints.items() if without_range(hint)] == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "inside", "outside"),
+    [
+        (Range(0, 1), (0, 0.5, 1), (-1e-9, 1.0000001)),
+        (Range(0, 1, above=True), (1e-30, 1), (0, 2)),
+        (Range(0, 1, below=True), (0, 0.999), (1,)),
+        (Range(64, 256, multiple_of=64), (64, 128, 256), (0, 65, 320)),
+        (Range(0, 1), (), (float("nan"), float("inf"))),
+    ],
+)
+def test_ranges(bounds: Range, inside: tuple[float, ...], outside: tuple[float, ...]) -> None:
+    assert [bounds.wanted(value) for value in inside] == [None] * len(inside)
+    assert all(bounds.wanted(value) for value in outside)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number, not inf"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"momentum": 1.0}, "momentum must be less than 1, not 1.0"),
+        ({"milestones": (5, -5)}, "milestones must be at least 0, not -5 in (5, -5)"),
+        ({"metric": "voc7"}, "metric must be one of 'voc07', 'voc', 'coco', not 'voc7'"),
+        ({"iterations": 2.5}, "iterations must be a whole number, not 2.5"),
+    ],
+)
+def test_messages_name_field_rule_and_value(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        TrainConfig(**change)
 
 
 def test_configs_are_frozen() -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refinedet.config import ModelConfig, Preset, load_json
+from refinedet.config import ModelConfig, Preset
+from refinedet.dataclass_json import load_json
 from refinedet.errors import UsageError
 from refinedet.training.run import CHECKPOINT_FILE, CONFIG_FILE, RunConfig
 from refinedet.training.train import resume, train

@@ -1,66 +1,165 @@
-"""Configuration: frozen dataclasses, the presets, and their JSON round trip.
+"""Configuration: frozen dataclasses whose annotations state the range of every number.
 
-Standard library only, so that the command line can answer ``--help`` without importing torch. Every number of the
-paper's presets names its source; "reference" means the official Caffe code.
+Standard library only, so that the command line can answer ``--help`` without importing torch. The named presets are in
+``presets.py``; reading and writing as JSON is in ``files.py``. "Official code" means the Caffe code of the authors.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import json
+import functools
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import read_json, write_text
+from refinedet.errors import UsageError
 
 BackboneName = Literal[
     "vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "timm"
 ]
+Interpolation = Literal["linear", "area", "nearest", "cubic", "lanczos"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class InferenceConfig:
-    """How raw outputs become detections (paper, section 4 "Inference")."""
+@dataclass(frozen=True)
+class Range:
+    """The values that a number of a configuration may have; used as ``Annotated[float, Range(0, 1)]``."""
 
-    score_threshold: float = 0.01
-    """Class scores at or below this are dropped before NMS (official code: confidence_threshold 0.01)."""
-    candidates: int = 400
-    """How many (anchor, class) pairs of highest score go into NMS (paper: 400; official code: 1000)."""
-    candidates_per: Literal["image", "class"] = "image"
-    """Whether ``candidates`` counts pairs of the whole image (the paper) or of each class (the official code)."""
-    nms_iou: float = 0.45
-    """Within a class, a box that overlaps a better one by more than this is dropped (paper, section 4)."""
-    max_detections: int = 200
-    """Detections kept per image (paper: 200; official code: 500)."""
-    soft_nms_iou: float | None = None
-    """Then lower the score of a box to ``score * (1 - IoU)`` where it overlaps a better one of its class by more than
-    this (linear Soft-NMS). None: do not. The official code does it for COCO at a single scale, with 0.3."""
+    low: float
+    """Smallest value."""
+    high: float
+    """Largest value."""
+    above: bool = False
+    """The value must exceed ``low``."""
+    below: bool = False
+    """The value must stay under ``high``."""
+    multiple_of: int | None = None
+    """The value must be a multiple of this."""
+
+    def wanted(self, value: float) -> str | None:
+        """What ``value`` should be instead, as in "at least 1"; None if it is in the range."""
+        if not self.low <= value or (self.above and value == self.low):
+            return f"{'greater than' if self.above else 'at least'} {self.low:.12g}"
+        if not value <= self.high or (self.below and value == self.high):
+            return f"{'less than' if self.below else 'at most'} {self.high:.12g}"
+        if self.multiple_of is not None and value % self.multiple_of:
+            return f"a multiple of {self.multiple_of}"
+        return None
+
+
+# Upper bounds of counts are far beyond use; they keep a corrupt file or a slip of the hand from taking all memory.
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
+Share = Annotated[float, Range(0, 1)]
+Overlap = Annotated[float, Range(0, 1, above=True)]
+Side = Annotated[int, Range(64, 4096, multiple_of=64)]
+Level = Annotated[float, Range(1, 8192)]
+Offset = Annotated[float, Range(1e-3, 1e3)]
+Mean = Annotated[float, Range(-1e4, 1e4)]
+Deviation = Annotated[float, Range(1e-3, 1e4)]
+Factor = Annotated[float, Range(0, 1e3)]
+
+
+class Checked:
+    """Base of the configurations: checks every number against its annotation when an instance is made."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.score_threshold < 1, "score_threshold", self.score_threshold, "in [0, 1)")
-        _require(self.candidates >= 1, "candidates", self.candidates, "at least 1")
-        _require(0 <= self.nms_iou <= 1, "nms_iou", self.nms_iou, "in [0, 1]")
-        _require(self.max_detections >= 1, "max_detections", self.max_detections, "at least 1")
-        _require(
-            self.soft_nms_iou is None or 0 <= self.soft_nms_iou <= 1,
-            "soft_nms_iou",
-            self.soft_nms_iou,
-            "in [0, 1] or none",
-        )
+        """Check all fields, then what depends on several of them.
+
+        Raises:
+            UsageError: a value of the wrong type, not finite, or out of range; the message names the field.
+        """
+        kind: Any = type(self)
+        for name, hint in _hints(kind).items():
+            value = getattr(self, name)
+            for wanted, item in _faults(hint, value):
+                whole = f" in {value!r}" if item is not value else ""
+                raise UsageError(f"{name} must be {wanted}, not {item!r}{whole}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Rules between fields."""
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _faults(hint: Any, value: Any, bounds: Range | None = None) -> Iterator[tuple[str, Any]]:
+    """What is wrong in ``value``: for each fault, what it should be and what it is."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        yield from _faults(arguments[0], value, next((a for a in arguments[1:] if isinstance(a, Range)), None))
+    elif origin in (types.UnionType, typing.Union):
+        if value is not None:
+            yield from _faults(next(a for a in arguments if a is not type(None)), value)
+    elif origin is Literal:
+        if value not in arguments:
+            yield f"one of {', '.join(map(repr, arguments))}", value
+    elif origin is tuple:
+        if not isinstance(value, (tuple, list)):
+            yield "a list of values", value
+            return
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            yield f"{len(kinds)} values", value
+        for kind, item in zip(kinds, value, strict=False):
+            yield from _faults(kind, item)
+    elif hint is float or hint is int:
+        yield from _faults_of_number(hint, value, bounds)
+    elif not isinstance(value, hint):
+        yield {bool: "True or False", str: "a string"}.get(hint, f"a {hint.__name__}"), value
+
+
+def _faults_of_number(kind: type, value: Any, bounds: Range | None) -> Iterator[tuple[str, Any]]:
+    whole = kind is int
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        yield "a whole number" if whole else "a number", value
+    elif not whole and not _is_finite(value):
+        yield "a finite number", value
+    elif bounds is not None and (wanted := bounds.wanted(value)) is not None:
+        yield wanted, value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UsageError(f"{name} must be {wanted}, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class InferenceConfig(Checked):
+    """How raw outputs become detections (paper, section 4 "Inference")."""
+
+    score_threshold: Annotated[float, Range(0, 1, below=True)] = 0.01
+    """Class scores at or below this are dropped before NMS (official code: confidence_threshold 0.01)."""
+    candidates: Annotated[int, Range(1, 10**6)] = 400
+    """Number of (anchor, class) pairs with the highest scores that enter NMS (paper: 400; official code: 1000)."""
+    candidates_per: Literal["image", "class"] = "image"
+    """Whether ``candidates`` counts pairs of the whole image (the paper) or of each class (the official code)."""
+    nms_iou: Share = 0.45
+    """Within a class, a box that overlaps a better one by more than this is dropped (paper, section 4)."""
+    max_detections: Annotated[int, Range(1, 10**6)] = 200
+    """Detections kept per image (paper: 200; official code: 500)."""
+    soft_nms_iou: Share | None = None
+    """Lower the score of a box to ``score * (1 - IoU)`` where it overlaps a better one of its class by more than this
+    (linear Soft-NMS); None switches it off. The official code uses 0.3 for COCO at a single scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Checked):
     """The network and everything its weights depend on, input normalisation included."""
 
     backbone: BackboneName = "vgg16"
-    """Feature extractor; taps at strides 8, 16, 32 and 64. "timm" takes the network that ``timm_name`` names."""
+    """Feature extractor with outputs at strides 8, 16, 32 and 64. "timm" takes the network that ``timm_name`` names."""
     timm_name: str = ""
     """With backbone "timm": a timm model with feature maps of stride 8, 16 and 32, such as "inception_resnet_v2"."""
     backbone_layout: Literal["torchvision", "caffe"] = "torchvision"
@@ -69,54 +168,53 @@ class ModelConfig:
     prediction_blocks: bool = False
     """A residual block (256, 256, 1024, with projection) before every ARM and ODM head (official ResNet-101 code; not
     in the paper)."""
-    num_classes: int = 20
+    num_classes: Annotated[int, Range(1, 10_000)] = 20
     """Object classes, background not counted."""
-    image_size: tuple[int, int] = (320, 320)
-    """Height and width in pixels that pictures are warped to; multiples of 64."""
-    anchor_sizes: tuple[float, ...] = (32.0, 64.0, 128.0, 256.0)
+    image_size: tuple[Side, Side] = (320, 320)
+    """Height and width in pixels that images are warped to; multiples of 64."""
+    anchor_sizes: tuple[Level, ...] = (32.0, 64.0, 128.0, 256.0)
     """Side of the square anchor of each level, in pixels of the network input; the same for 320 and 512
     (official code; the paper says "scales of 4 times the stride")."""
-    aspect_ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
+    aspect_ratios: tuple[Annotated[float, Range(0.01, 100)], ...] = (1.0, 2.0, 0.5)
     """Width / height of the anchors of a cell, in this order (paper, section 4)."""
-    offset_std: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    offset_std: tuple[Offset, Offset, Offset, Offset] = (0.1, 0.1, 0.2, 0.2)
     """Offsets are multiplied by this before they are applied to an anchor ("variance" in Caffe)."""
-    tcb_channels: int = 256
+    tcb_channels: Annotated[int, Range(1, 1024)] = 256
     """Channels of the transfer connection blocks and of the ODM's feature maps (paper, figure 2)."""
     tcb_batch_norm: bool = False
     """Batch normalisation in the transfer connection blocks (official code: off for VGG-16, on for ResNet)."""
-    tcb_deconv_kernel: int = 2
+    tcb_deconv_kernel: Annotated[int, Range(2, 4)] = 2
     """Side of the transfer connection blocks' deconvolution: 2 (official code), 3 (the dd604 port) or 4 (figure 2)."""
-    fc6_dilation: int = 3
+    fc6_dilation: Annotated[int, Range(1, 32)] = 3
     """Dilation of VGG-16's fc6: 3 (official code) or 6 (SSD and some ports); no effect on other backbones."""
     tcb_attention: bool = False
-    """Squeeze-and-excitation attention over the channels that a transfer connection block puts out (the paper,
+    """Squeeze-and-excitation attention over the output channels of the transfer connection blocks (the paper,
     section 6, names attention as future work)."""
     tcb: bool = True
-    """False cuts the transfer connection blocks and the ARM: one multi-class head on each map of the backbone, as in
-    SSD (paper, Table 2, last column)."""
+    """False removes the transfer connection blocks and the ARM: one multi-class head on each feature map of the
+    backbone, as in SSD (paper, Table 2, last column)."""
     two_step: bool = True
     """False lets the ODM start from the tiled anchors instead of the refined ones; the ARM still filters (paper,
     Table 2, "two-step cascaded regression")."""
     backbone_norm: Literal["batch", "frozen"] = "batch"
     """"frozen" keeps the backbone's batch-norm statistics and scales as they were imported; no effect on VGG-16."""
-    frozen_stages: int = 0
+    frozen_stages: Annotated[int, Range(0, 5)] = 0
     """Leading stages of a ResNet that are not trained: 1 is the stem, 2 the stem and layer1, and so on."""
-    negative_threshold: float = 0.99
+    negative_threshold: Overlap = 0.99
     """Theta: an anchor whose negative confidence in the ARM exceeds this is filtered (paper, section 3; 1.0 filters
     nothing)."""
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    mean: tuple[Mean, Mean, Mean] = (123.675, 116.28, 103.53)
     """Subtracted from pixel values in 0..255, in the order of ``channel_order``. Default: torchvision's ImageNet."""
-    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """Divides the result. (104, 117, 123) with std 1 and "bgr" is what Caffe-born weights want."""
+    std: tuple[Deviation, Deviation, Deviation] = (58.395, 57.12, 57.375)
+    """Divides the result. Weights from Caffe want mean (104, 117, 123), std 1 and "bgr"."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the network input."""
     resize: Literal["bilinear", "antialias"] = "bilinear"
-    """How a picture is warped to ``image_size``: plain bilinear, as the official models want, or antialiased."""
+    """How an image is warped to ``image_size``: plain bilinear, as the official models want, or antialiased."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """Post-processing."""
 
-    def __post_init__(self) -> None:
-        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
+    def _check_together(self) -> None:
         timm = self.backbone == "timm"
         _require(bool(self.timm_name) == timm, "timm_name", self.timm_name, "given with the backbone 'timm', and only")
         _require(
@@ -128,152 +226,116 @@ class ModelConfig:
         _require(not timm or self.backbone_norm == "batch", "backbone_norm", self.backbone_norm, "'batch' with timm")
         _require(not timm or self.frozen_stages == 0, "frozen_stages", self.frozen_stages, "0 with timm")
         _require(self.tcb or not self.tcb_attention, "tcb_attention", self.tcb_attention, "False without tcb")
-        height, width = self.image_size
-        _require(
-            height >= 64 and width >= 64 and height % 64 == 0 and width % 64 == 0,
-            "image_size",
-            self.image_size,
-            "two multiples of 64",
-        )
         _require(len(self.anchor_sizes) == 4, "anchor_sizes", self.anchor_sizes, "one size for each of the 4 levels")
-        _require(min(self.anchor_sizes) > 0, "anchor_sizes", self.anchor_sizes, "positive")
-        _require(
-            len(self.aspect_ratios) >= 1 and min(self.aspect_ratios) > 0,
-            "aspect_ratios",
-            self.aspect_ratios,
-            "positive",
-        )
-        _require(min(self.offset_std) > 0, "offset_std", self.offset_std, "positive")
-        _require(self.tcb_channels >= 1, "tcb_channels", self.tcb_channels, "at least 1")
-        _require(self.tcb_deconv_kernel in (2, 3, 4), "tcb_deconv_kernel", self.tcb_deconv_kernel, "2, 3 or 4")
-        _require(self.fc6_dilation >= 1, "fc6_dilation", self.fc6_dilation, "at least 1")
-        _require(0 <= self.frozen_stages <= 5, "frozen_stages", self.frozen_stages, "between 0 and 5")
-        _require(0 < self.negative_threshold <= 1, "negative_threshold", self.negative_threshold, "in (0, 1]")
-        _require(min(self.std) > 0, "std", self.std, "positive")
+        _require(1 <= len(self.aspect_ratios) <= 32, "aspect_ratios", self.aspect_ratios, "1 to 32 ratios")
+        # Each of the four levels has a 3x3 convolution of nine times so many weights for the classes.
+        head = (self.num_classes + 1) * len(self.aspect_ratios) * self.tcb_channels
+        _require(head <= 10**7, "num_classes", self.num_classes, "less with so many aspect ratios and channels")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(Checked):
     """The sampling law of the official code (annotated_data_layer, im_transforms, sampler). See data/augment.py."""
 
     photometric: bool = True
     """Random brightness, contrast, saturation and hue."""
-    expand_probability: float = 0.5
-    """Chance that a picture is placed on a larger canvas of the mean colour."""
-    expand_ratio: float = 4.0
-    """Largest side of that canvas, in sides of the picture."""
+    expand_probability: Share = 0.5
+    """Chance that an image is placed on a larger canvas of the mean colour."""
+    expand_ratio: Annotated[float, Range(1, 100)] = 4.0
+    """Largest side of that canvas, in sides of the image."""
     crop: bool = True
     """The seven batch samplers."""
-    flip_probability: float = 0.5
+    flip_probability: Share = 0.5
     """Chance of a horizontal flip."""
-    interpolations: tuple[Literal["linear", "area", "nearest", "cubic", "lanczos"], ...] = (
-        "linear",
-        "area",
-        "nearest",
-        "cubic",
-        "lanczos",
-    )
-    """One is drawn for every picture."""
-    mosaic_probability: float = 0.0
-    """Chance that an input is put together from four pictures that meet in a random point, each cropped, distorted and
-    flipped on its own but not expanded (not in the paper; for small data sets)."""
-    mixup_probability: float = 0.0
-    """Chance that a second input, made by the same law from another picture, shines through and both keep their targets
-    (not in the paper; for long trainings on small data sets)."""
+    interpolations: tuple[Interpolation, ...] = ("linear", "area", "nearest", "cubic", "lanczos")
+    """One is drawn for every image."""
+    mosaic_probability: Share = 0.0
+    """Chance that an input is put together from four images that meet in a random point, each cropped, distorted and
+    flipped on its own but not expanded (not in the paper; for small datasets)."""
+    mixup_probability: Share = 0.0
+    """Chance that a second input, made by the same law from another image, is blended in and both keep their targets
+    (not in the paper; for long trainings on small datasets)."""
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.expand_probability <= 1, "expand_probability", self.expand_probability, "in [0, 1]")
-        _require(self.expand_ratio >= 1, "expand_ratio", self.expand_ratio, "at least 1")
-        _require(0 <= self.flip_probability <= 1, "flip_probability", self.flip_probability, "in [0, 1]")
+    def _check_together(self) -> None:
         _require(len(self.interpolations) >= 1, "interpolations", self.interpolations, "at least one name")
-        _require(0 <= self.mosaic_probability <= 1, "mosaic_probability", self.mosaic_probability, "in [0, 1]")
-        _require(0 <= self.mixup_probability <= 1, "mixup_probability", self.mixup_probability, "in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Checked):
     """Matching, mining and the loss (paper, section 4; official code's multibox_loss_param)."""
 
-    arm_positive_iou: float = 0.5
+    arm_positive_iou: Overlap = 0.5
     """An anchor is positive for the ARM if its best overlap reaches this (the greedy step comes first)."""
-    arm_negative_iou: float = 0.5
+    arm_negative_iou: Share = 0.5
     """An unmatched anchor may be mined as a negative of the ARM if its best overlap is below this."""
-    odm_positive_iou: float = 0.5
+    odm_positive_iou: Overlap = 0.5
     """The same for the ODM, on refined anchors."""
-    odm_negative_iou: float = 0.5
+    odm_negative_iou: Share = 0.5
     """The same for the ODM, on refined anchors."""
-    negatives_per_positive: float = 3.0
+    negatives_per_positive: Annotated[float, Range(0, 1e6)] = 3.0
     """Hard negatives kept for each positive of an image (paper, section 4)."""
     classification: Literal["mining", "focal"] = "mining"
     """Cross-entropy over positives and hard negatives (the paper), or focal loss over all anchors that are neither
     ignored nor filtered (named by the paper, section 5.3; Lin et al., "Focal Loss for Dense Object Detection")."""
-    focal_gamma: float = 2.0
-    """How much focal loss turns away from easy anchors; 0, or at least 1."""
-    focal_alpha: float = 0.25
+    focal_gamma: Annotated[float, Range(0, 100)] = 2.0
+    """How strongly focal loss lowers the weight of easy anchors; 0, or at least 1."""
+    focal_alpha: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
     """Weight of objects in focal loss; background weighs 1 - alpha."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Share of each target of the ODM's classification that is spread evenly over all classes and background. Not for
     the ARM, whose background could then not reach the confidence that filtering asks for. Not in the paper."""
 
-    def __post_init__(self) -> None:
-        for name in ("arm", "odm"):
-            positive, negative = getattr(self, f"{name}_positive_iou"), getattr(self, f"{name}_negative_iou")
-            _require(0 < positive <= 1, f"{name}_positive_iou", positive, "in (0, 1]")
-            _require(0 <= negative <= positive, f"{name}_negative_iou", negative, f"between 0 and {positive}")
-        _require(
-            self.negatives_per_positive >= 0, "negatives_per_positive", self.negatives_per_positive, "not negative"
-        )
+    def _check_together(self) -> None:
+        for stage in ("arm", "odm"):
+            positive, negative = getattr(self, f"{stage}_positive_iou"), getattr(self, f"{stage}_negative_iou")
+            _require(
+                negative <= positive, f"{stage}_negative_iou", negative, f"at most {stage}_positive_iou {positive}"
+            )
         # Between 0 and 1 the slope of (1 - p) ** gamma is infinite at p = 1, where easy anchors end up.
         _require(self.focal_gamma == 0 or self.focal_gamma >= 1, "focal_gamma", self.focal_gamma, "0 or at least 1")
-        _require(0 < self.focal_alpha < 1, "focal_alpha", self.focal_alpha, "in (0, 1)")
-        focal = self.classification == "focal"
-        _require(
-            0 <= self.label_smoothing < 1 and not (focal and self.label_smoothing),
-            "label_smoothing",
-            self.label_smoothing,
-            "0 with focal loss" if focal else "in [0, 1)",
-        )
+        mining = self.classification == "mining"
+        _require(mining or not self.label_smoothing, "label_smoothing", self.label_smoothing, "0 with focal loss")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
     """Optimisation, schedule and the running of a training."""
 
-    iterations: int = 120_000
+    iterations: Count = 120_000
     """Updates of the weights."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Range(1, 10**6)] = 32
     """Images per update, over all processes and accumulation steps."""
-    accumulation_steps: int = 1
+    accumulation_steps: Annotated[int, Range(1, 10**6)] = 1
     """Each update is the mean of this many backward passes (Caffe's iter_size)."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum (the paper), or AdamW (Loshchilov and Hutter, betas 0.9 and 0.999), which wants a smaller rate
     and a larger ``weight_decay``."""
-    learning_rate: float = 1e-3
-    """Rate of the weights; see ``bias_learning_rate_factor``."""
+    learning_rate: Annotated[float, Range(0, 1e3, above=True)] = 1e-3
+    """Learning rate of the weights; see ``bias_learning_rate_factor``."""
     schedule: Literal["milestones", "cosine"] = "milestones"
     """Multiply by ``gamma`` at each milestone, or follow a half cosine down to ``final_learning_rate_factor``."""
-    milestones: tuple[int, ...] = (80_000, 100_000)
+    milestones: tuple[CountOrZero, ...] = (80_000, 100_000)
     """Iterations at which the rate drops."""
-    gamma: float = 0.1
+    gamma: Annotated[float, Range(0, 10)] = 0.1
     """Factor of a drop."""
-    final_learning_rate_factor: float = 0.01
+    final_learning_rate_factor: Share = 0.01
     """Where the cosine ends, as a share of ``learning_rate``."""
-    warmup_iterations: int = 0
-    """Linear rise of the rate from nearly 0; the paper has none."""
-    momentum: float = 0.9
-    """Of SGD (paper, section 4)."""
-    weight_decay: float = 5e-4
-    """Paper, section 4; not applied to biases."""
-    bias_learning_rate_factor: float = 2.0
+    warmup_iterations: CountOrZero = 0
+    """Iterations of a linear rise of the rate from nearly 0; the paper has none."""
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
+    """Momentum of SGD (paper, section 4); ignored with AdamW."""
+    weight_decay: Factor = 5e-4
+    """Weight decay (paper, section 4); not applied to biases."""
+    bias_learning_rate_factor: Factor = 2.0
     """Official code: lr_mult 2, decay_mult 0 for biases of convolutions."""
-    backbone_learning_rate_factor: float = 1.0
-    """Multiple of the rate for what ImageNet weights come with: less than 1 keeps more of what they know, 0 all of it.
-    Not used where a training starts from random numbers. The paper has one rate."""
-    gradient_clip_norm: float | None = None
+    backbone_learning_rate_factor: Factor = 1.0
+    """Multiple of the rate for the pretrained layers of the backbone: less than 1 keeps more of what they know, 0 all
+    of it. Not used where a training starts from random weights. The paper has one rate."""
+    gradient_clip_norm: Annotated[float, Range(0, 1e9, above=True)] | None = None
     """Largest norm of the whole gradient; the paper does not clip."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Keep an exponential moving average of the weights with this decay and evaluate and save that."""
-    size_schedule: tuple[tuple[int, int], ...] = ()
+    size_schedule: tuple[tuple[CountOrZero, Side], ...] = ()
     """Pairs (first iteration, side): train on smaller squares first, which is faster; anchors keep their pixel
     sizes. Before the first pair, and without any, the model's ``image_size`` is used."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -282,21 +344,21 @@ class TrainConfig:
     """Memory layout of images and convolutions; faster on every current device."""
     compile: bool = False
     """torch.compile the network."""
-    seed: int = 0
-    """Of the weights, the order and the augmentation."""
-    workers: int = 2
-    """Processes per trainer that load and augment pictures."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    """Seed of the weights, the order and the augmentation."""
+    workers: Annotated[int, Range(0, 1024)] = 2
+    """Processes per trainer that load and augment images."""
     keep_images: bool = False
-    """Keep every decoded picture in memory, in each loading process; 0.6 MB each at 500x375 pixels. Saves decoding from
-    the second epoch on, and most with mosaics, which take four pictures each."""
-    log_every: int = 20
+    """Keep every decoded image in memory, in each loading process; 0.6 MB each at 500x375 pixels. Saves decoding from
+    the second epoch on, and most with mosaics, which take four images each."""
+    log_every: Count = 20
     """Iterations between lines of metrics.csv."""
-    save_every: int = 1_000
+    save_every: Count = 1_000
     """Iterations between checkpoints (last/ and last.ckpt)."""
-    evaluate_every: int = 5_000
+    evaluate_every: CountOrZero = 5_000
     """Iterations between evaluations on the evaluation split; 0 evaluates only at the end."""
-    evaluate_limit: int | None = None
-    """Evaluate on the first so many pictures of the split while training; the end uses all."""
+    evaluate_limit: Count | None = None
+    """Evaluate on the first so many images of the split while training; the end uses all."""
     train_split: str = "trainval"
     """Split to train on, where the data has splits."""
     evaluate_split: str = "test"
@@ -304,54 +366,11 @@ class TrainConfig:
     metric: Literal["voc07", "voc", "coco"] = "voc07"
     """Which figure decides what "best" is."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Augmentation of the training pictures."""
+    """Augmentation of the training images."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Matching and loss."""
 
-    def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "accumulation_steps", "log_every", "save_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "warmup_iterations",
-            "workers",
-            "evaluate_every",
-            "weight_decay",
-            "bias_learning_rate_factor",
-            "backbone_learning_rate_factor",
-        ):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "not negative")
-        _require(
-            self.learning_rate > 0 and math.isfinite(self.learning_rate),
-            "learning_rate",
-            self.learning_rate,
-            "positive",
-        )
-        _require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _require(
-            0 <= self.final_learning_rate_factor <= 1,
-            "final_learning_rate_factor",
-            self.final_learning_rate_factor,
-            "in [0, 1]",
-        )
-        _require(
-            self.gradient_clip_norm is None or self.gradient_clip_norm > 0,
-            "gradient_clip_norm",
-            self.gradient_clip_norm,
-            "positive or none",
-        )
-        _require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay, "in (0, 1) or none")
-        _require(
-            self.evaluate_limit is None or self.evaluate_limit >= 1,
-            "evaluate_limit",
-            self.evaluate_limit,
-            "at least 1 or none",
-        )
-        _require(
-            all(first >= 0 and side >= 64 and side % 64 == 0 for first, side in self.size_schedule),
-            "size_schedule",
-            self.size_schedule,
-            "pairs of an iteration and a multiple of 64",
-        )
+    def _check_together(self) -> None:
         _require(
             self.batch_size % self.accumulation_steps == 0,
             "batch_size",
@@ -370,87 +389,3 @@ class Preset:
     """Its training."""
     summary: str
     """One line for ``refinedet models``."""
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} must be {wanted}, not {value!r}")
-
-
-ConfigT = TypeVar("ConfigT")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dicts, lists, numbers and strings of a config, ready for JSON."""
-    if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise TypeError(f"not a config: {config!r}")
-    return dataclasses.asdict(config)
-
-
-def from_dict(kind: type[ConfigT], values: Any, *, source: str = "config") -> ConfigT:
-    """The config of class ``kind`` that ``to_dict`` wrote. Missing keys take their defaults.
-
-    Raises:
-        RefineDetError: an unknown key (the nearest one is suggested) or a value of the wrong type; ``source`` is
-            named in the message.
-    """
-    result = _convert(kind, values, source)
-    return typing.cast(ConfigT, result)
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise RefineDetError(f"{where}: expected an object with named values, found {value!r}")
-        hints = typing.get_type_hints(kind)
-        names = {f.name for f in dataclasses.fields(kind)}
-        for key in value:
-            if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                raise RefineDetError(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
-        arguments = {key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
-        try:
-            return kind(**arguments)
-        except RefineDetError as error:
-            raise RefineDetError(f"{where}: {error}") from None
-        except TypeError as error:
-            raise RefineDetError(f"{where}: {str(error).split('() ')[-1]}") from None
-    origin, arguments_of = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value in arguments_of:
-            return value
-        raise RefineDetError(f"{where}: must be one of {', '.join(map(repr, arguments_of))}, not {value!r}")
-    if origin is types.UnionType or origin is typing.Union:
-        if value is None and type(None) in arguments_of:
-            return None
-        return _convert(next(a for a in arguments_of if a is not type(None)), value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise RefineDetError(f"{where}: expected a list, found {value!r}")
-        kinds = [arguments_of[0]] * len(value) if arguments_of[-1] is Ellipsis else list(arguments_of)
-        if len(kinds) != len(value):
-            raise RefineDetError(f"{where}: expected {len(kinds)} values, found {len(value)}")
-        return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RefineDetError(f"{where}: expected {kind.__name__}, found {value!r}")
-    return value
-
-
-def save_json(config: Any, path: Path) -> None:
-    """Write a config as indented JSON.
-
-    Raises:
-        RefineDetError: no permission, a full disk; what ``path`` held before is still there.
-    """
-    write_text(path, json.dumps(to_dict(config), indent=2) + "\n")
-
-
-def load_json(kind: type[ConfigT], path: Path) -> ConfigT:
-    """Read what ``save_json`` wrote.
-
-    Raises:
-        RefineDetError: the file is missing, is no JSON, or holds an unknown key; the message names the file.
-    """
-    return from_dict(kind, read_json(path), source=str(path))

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import refinedet.weights
-from refinedet.config import ModelConfig, from_dict, to_dict
+from refinedet.config import ModelConfig
+from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json, write_bytes, write_text

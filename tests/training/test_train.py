@@ -315,7 +315,8 @@ def test_resume_refuses_an_unknown_key_in_its_config(voc_folder: FolderFactory, 
 
 DISTRIBUTED = """
 import dataclasses, sys, torch
-from refinedet.config import from_dict, Preset
+from refinedet.config import Preset
+from refinedet.dataclass_json import from_dict
 from refinedet.training.train import train
 import json
 torch.set_num_threads(1)
@@ -326,7 +327,7 @@ run = train(preset, sys.argv[2], out=sys.argv[3], backbone_weights="random", dev
 
 def test_two_processes_give_the_gradients_of_one(voc_folder: FolderFactory, tmp_path: Path) -> None:
     """Same total batch, same pictures; batch norm sees other batches, so it is frozen or absent here."""
-    from refinedet.config import to_dict
+    from refinedet.dataclass_json import to_dict
 
     data = voc_folder(images=8)
     model = dataclasses.replace(tiny().model, backbone_norm="frozen", tcb_batch_norm=False, backbone="vgg16")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from refinedet.config import ModelConfig, to_dict
+from refinedet.config import ModelConfig
+from refinedet.dataclass_json import to_dict
 from refinedet.provenance import Provenance
 
 

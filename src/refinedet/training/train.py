@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from refinedet.config import Preset, load_json, save_json
+from refinedet.config import Preset
 from refinedet.data.layouts import open_joined
 from refinedet.data.records import DetectionDataset
+from refinedet.dataclass_json import load_json, save_json
 from refinedet.detector import RefineDet, load_weights, read_safetensors
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.evaluate import collect_detections, evaluate_detections
