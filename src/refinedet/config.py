@@ -310,7 +310,7 @@ class TrainConfig(Checked):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum (the paper), or AdamW (Loshchilov and Hutter, betas 0.9 and 0.999), which wants a smaller rate
     and a larger ``weight_decay``."""
-    learning_rate: Annotated[float, Range(0, 1e3, above=True)] = 1e-3
+    learning_rate: Annotated[float, Range(0, 1e20, above=True)] = 1e-3
     """Learning rate of the weights; see ``bias_learning_rate_factor``."""
     schedule: Literal["milestones", "cosine"] = "milestones"
     """Multiply by ``gamma`` at each milestone, or follow a half cosine down to ``final_learning_rate_factor``."""
