@@ -274,6 +274,9 @@ class LossConfig(Checked):
     """The same for the ODM, on refined anchors."""
     negatives_per_positive: Annotated[float, Range(0, 1e6)] = 3.0
     """Hard negatives kept for each positive of an image (paper, section 4)."""
+    negatives_of_empty_images: Annotated[int, Range(0, 10**6)] = 0
+    """Hard negatives kept in an image without positives. None in the official code, which does not learn from images
+    without objects."""
     classification: Literal["mining", "focal"] = "mining"
     """Cross-entropy over positives and hard negatives (the paper), or focal loss over all anchors that are neither
     ignored nor filtered (named by the paper, section 5.3; Lin et al., "Focal Loss for Dense Object Detection")."""

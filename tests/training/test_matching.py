@@ -219,6 +219,16 @@ def test_mining_by_hand() -> None:
     assert mine_negatives(losses, candidates, positives, 3.0).tolist() == expected
 
 
+def test_images_without_positives_can_be_given_negatives() -> None:
+    losses = torch.tensor([[1.0, 5.0, 3.0, 4.0], [1.0, 5.0, 3.0, 4.0], [9.0, 5.0, 3.0, 4.0]])
+    positives = torch.tensor([[True, False, False, False], [False] * 4, [False] * 4])
+    candidates = ~positives
+    candidates[2, 0] = False
+    chosen = mine_negatives(losses, candidates, positives, 1.0, 2)
+    assert chosen.tolist() == [[False, True, False, False], [False, True, False, True], [False, True, False, True]]
+    assert mine_negatives(losses, candidates, positives, 1.0)[1:].sum() == 0
+
+
 def test_equal_losses_go_by_index() -> None:
     # Hundreds of equal losses: an unstable sort would scatter the choice.
     candidates = torch.ones(1, 500, dtype=torch.bool)

@@ -117,7 +117,8 @@ class RefineDetLoss(nn.Module):
             if self.config.classification == "focal":
                 negative = candidates
             else:
-                negative = mine_negatives(background_loss, candidates, positive, self.config.negatives_per_positive)
+                ratio, without = self.config.negatives_per_positive, self.config.negatives_of_empty_images
+                negative = mine_negatives(background_loss, candidates, positive, ratio, without)
         index = matched.target.clamp(min=0)
         if targets.labels.shape[1] == 0:
             labels = torch.full_like(index, background)

@@ -196,19 +196,24 @@ def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Ma
 
 
 @torch.no_grad()
-def mine_negatives(losses: Tensor, candidates: Tensor, positives: Tensor, negatives_per_positive: float) -> Tensor:
+def mine_negatives(
+    losses: Tensor, candidates: Tensor, positives: Tensor, negatives_per_positive: float, without_positives: int = 0
+) -> Tensor:
     """Hard negatives: in each image, the candidates of largest loss, at most three times its positives.
 
     Args:
         losses: (B, A) classification loss that each anchor has as background.
         candidates: (B, A) bool, anchors that may be chosen.
-        positives: (B, A) bool; an image without any gets no negatives.
+        positives: (B, A) bool.
         negatives_per_positive: the ratio (paper: 3).
+        without_positives: negatives of an image that has no positives (official code: none).
 
     Returns:
         (B, A) bool; of equal losses the anchor of lower index comes first.
     """
-    wanted = (positives.sum(dim=1) * negatives_per_positive).to(torch.int64)
+    count = positives.sum(dim=1)
+    wanted = (count * negatives_per_positive).to(torch.int64)
+    wanted = wanted.masked_fill(count == 0, without_positives)
     limit = torch.minimum(wanted, candidates.sum(dim=1))
     order = losses.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order)
