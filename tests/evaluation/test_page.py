@@ -17,9 +17,9 @@ from refinedet.data.layouts import open_dataset
 from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError
-from refinedet.evaluation import page as page_module
 from refinedet.evaluation.evaluate import evaluate_detections
-from refinedet.evaluation.page import WORST_IMAGES, write_page
+from refinedet.evaluation.gallery import FOUND, GOOD_IMAGES, IGNORED, MISSED, WORST_IMAGES, WRONG
+from refinedet.evaluation.page import write_page
 from refinedet.evaluation.report import Report
 from refinedet.evaluation.settings import EvaluationSettings, LeftOut
 
@@ -122,7 +122,7 @@ def test_the_page_says_what_the_report_says(dataset: DetectionDataset, tmp_path:
     assert {"voc07": "11-point", "voc": "area AP", "coco": "0.50:0.95"}[metric] in reader.text
     # Objects of 96 x 64 pictures have no more than 48 x 32 pixels.
     assert reader.text.count("no objects") == 1
-    for title in ("Errors", "Classes", "Precision and recall", "Confusion", "Sizes", "Worst images"):
+    for title in ("Errors", "Classes", "Precision and recall", "Confusion", "Sizes", "Images"):
         assert title in reader.text
     assert "Training" not in reader.text
     # As many curves as classes, and their mean.
@@ -179,12 +179,15 @@ def test_pictures_show_what_is_wrong(tmp_path: Path) -> None:
     assert "a.png" in reader.text
     assert str(tmp_path) not in reader.text
     with Image.open(tmp_path / "page/images/worst-01.jpg") as image:
+        assert image.size == (1280, 640)
+    assert [a["href"] for a in reader.all("a") if "images/" in str(a["href"])] == ["images/worst-01.jpg"]
+    with Image.open(tmp_path / "page/images/worst-01-small.jpg") as image:
         assert image.size == (640, 320)
         pixels = np.asarray(image).astype(int)
     # The middle of the lower edge of each box, at half the size.
     for (x1, _, x2, y2), color in zip(
         [*boxes, (900, 100, 1200, 300)],
-        [page_module._MISSED, page_module._FOUND, page_module._IGNORED, page_module._WRONG],
+        [MISSED, FOUND, IGNORED, WRONG],
         strict=True,
     ):
         edge = pixels[y2 // 2 - 2 : y2 // 2, (x1 + x2) // 4]
@@ -214,8 +217,9 @@ def test_few_pictures_are_decoded_however_many_are_wrong(
     (tmp_path / "images/mine.jpg").write_bytes(b"x")
     answers = [*moved(data)[:38], *answers[38:]]
     path = write_page(report_of(data, answers), tmp_path)
-    assert len(read(path).all("img")) == 2
-    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["mine.jpg", "worst-01.jpg", "worst-02.jpg"]
+    assert len(read(path).all("img")) == 2 + GOOD_IMAGES
+    names = sorted(p.name for p in (tmp_path / "images").iterdir() if not p.name.startswith("good"))
+    assert names == ["mine.jpg", "worst-01-small.jpg", "worst-01.jpg", "worst-02-small.jpg", "worst-02.jpg"]
 
 
 def test_nothing_found_and_nothing_wrong(dataset: DetectionDataset, tmp_path: Path) -> None:
@@ -226,8 +230,10 @@ def test_nothing_found_and_nothing_wrong(dataset: DetectionDataset, tmp_path: Pa
         assert not re.search(r">[+-]?(nan|inf)", path.read_text())
     reader = read(write_page(report_of(dataset, moved(dataset)), tmp_path))
     assert "No image has an error." in reader.text
-    assert not reader.all("img")
-    assert list((tmp_path / "images").iterdir()) == []
+    # Five of the six images have objects, all of them found.
+    assert len(reader.all("img")) == 5
+    assert "All right" in reader.text
+    assert not list((tmp_path / "images").glob("worst*"))
 
 
 @pytest.mark.parametrize("count", [1, 80])
@@ -281,7 +287,7 @@ def test_a_picture_that_is_gone_costs_its_place_only(dataset: DetectionDataset, 
     report = report_of(dataset, moved(dataset, shift=200))
     dataset[0].image_path.unlink()
     reader = read(write_page(report, tmp_path / "page"))
-    assert reader.text.count("the picture cannot be read") == 1
+    assert reader.text.count("the image cannot be read") == 1
     assert dataset[0].image_path.name in reader.text
     assert len(reader.all("img")) == 4
 

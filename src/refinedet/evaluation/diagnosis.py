@@ -124,6 +124,29 @@ def diagnose(
     )
 
 
+def best_f1(outcomes: Outcomes) -> tuple[Floats, Floats]:
+    """The score threshold of each class at which precision and recall are best balanced.
+
+    Returns:
+        (C,) thresholds and (C,) the F1 there, the harmonic mean of precision and recall; of equal ones the highest
+        threshold. Both are nan for a class without objects; the threshold is nan where nothing is right.
+    """
+    thresholds, best = np.full(outcomes.num_classes, np.nan), np.full(outcomes.num_classes, np.nan)
+    best_first = np.argsort(-outcomes.scores, kind="stable")
+    best_first = best_first[outcomes.counts[best_first]]
+    for label in np.flatnonzero(outcomes.positives):
+        ranked = best_first[outcomes.labels[best_first] == label]
+        hits = np.cumsum(outcomes.right[ranked])
+        f1 = 2.0 * hits / (np.arange(1, len(hits) + 1) + outcomes.positives[label])
+        # A threshold takes all detections of equal score or none of them.
+        scores = outcomes.scores[ranked]
+        f1[:-1][scores[:-1] == scores[1:]] = 0.0
+        best[label] = f1.max(initial=0.0)
+        if best[label] > 0:
+            thresholds[label] = scores[f1.argmax()]
+    return thresholds, best
+
+
 def _image_diagnoses(outcomes: Outcomes, kept: Flags, missed: Flags) -> list[ImageDiagnosis]:
     images = []
     for image in range(outcomes.num_images):

@@ -1,74 +1,50 @@
-"""A page on which the errors of a detector can be seen: ``index.html`` and, beside it, the worst images.
+"""A page on which the errors of a detector can be seen: ``index.html`` and, beside it, the images most worth seeing.
 
-The page is one file of HTML with its style and its charts inside; it loads nothing but the pictures in ``images/`` and
-runs no script, so it can be sent around, opened from a disk, or put on any server.
+The page is one file of HTML with its style and its charts inside; it loads nothing but the images in ``images/`` and
+runs no script, so it can be sent around, opened from a disk, or put on any server. This module counts; what the page
+says, and how, stands in ``page.html`` (a jinja2 template) and ``page.css``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from refinedet.data.records import Record
-from refinedet.detections import Detections
-from refinedet.draw import draw_boxes, read_curves
+from refinedet.draw import read_curves
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.charts import Line, line_chart
-from refinedet.evaluation.diagnosis import SCORE_THRESHOLD, SIZES, Diagnosis, ImageDiagnosis, diagnose
+from refinedet.evaluation.diagnosis import SCORE_THRESHOLD, SIZES, Diagnosis, best_f1, diagnose
+from refinedet.evaluation.gallery import KIND_NAMES, LEGEND, write_galleries
 from refinedet.evaluation.metrics import CURVE_RECALLS, VocMethod
 from refinedet.evaluation.outcomes import ERRORS, HIT_IOU, NEAR_IOU, Outcome
-from refinedet.evaluation.report import METRICS, Report
-from refinedet.files import write_atomically, write_text
+from refinedet.evaluation.report import METRICS, REPORT_SIGNATURE, Report
+from refinedet.files import user_path, write_text
+from refinedet.text import printable
 
 PAGE_FILE = "index.html"
 IMAGE_FOLDER = "images"
-WORST_IMAGES = 12
-"""Images shown of each sort: most errors, and surest errors."""
 
-_IMAGE_SIDE = 640
 _POINTS = 160
 """Points of a learning curve; what a page this wide can show."""
 _MARKED = 40
 """Curves of no more points show each."""
-_OPEN_CURVES = 24
-"""Precision-recall curves shown at once; the others open on a click."""
-_LONG = 25
-"""Rows beyond which a table scrolls in itself."""
-_LISTED = 4
-"""Errors named below an image."""
-
-_FOUND, _MISSED, _WRONG, _IGNORED = (66, 133, 244), (255, 200, 20), (236, 30, 110), (150, 150, 150)
-"""Blue, yellow, magenta and gray stay apart for the colour-blind, and on photos."""
-
-
-@dataclass(frozen=True)
-class _Kind:
-    name: str
-    meaning: str
-
-
-_KINDS = {
-    Outcome.LOCALIZATION: _Kind(
-        "localization",
-        f"right class, but the box overlaps its object by an IoU of only {NEAR_IOU:g} to {HIT_IOU:g}",
-    ),
-    Outcome.CLASSIFICATION: _Kind(
-        "classification", f"an IoU above {HIT_IOU:g} with an object, but one of another class"
-    ),
-    Outcome.BOTH: _Kind("class and place", f"an IoU of {NEAR_IOU:g} to {HIT_IOU:g} with an object of another class"),
-    Outcome.DUPLICATE: _Kind("duplicate", "a better scored box has found the object already"),
-    Outcome.BACKGROUND: _Kind("background", f"an IoU below {NEAR_IOU:g} with every object"),
+_MINUS = "\N{MINUS SIGN}"
+_MEANINGS = {
+    Outcome.LOCALIZATION: f"right class, but the box overlaps its object by an IoU of only {NEAR_IOU:g} to {HIT_IOU:g}",
+    Outcome.CLASSIFICATION: f"an IoU above {HIT_IOU:g} with an object, but one of another class",
+    Outcome.BOTH: f"an IoU of {NEAR_IOU:g} to {HIT_IOU:g} with an object of another class",
+    Outcome.DUPLICATE: "a better scored box has found the object already",
+    Outcome.BACKGROUND: f"an IoU below {NEAR_IOU:g} with every object",
 }
-_MISSED_KIND = _Kind("missed", "an object that counts, found by no box")
+
+_Cells = list[dict[str, Any]]
 
 
 def write_page(
@@ -78,15 +54,15 @@ def write_page(
     metrics_csv: Path | None = None,
     score_threshold: float = SCORE_THRESHOLD,
 ) -> Path:
-    """Write ``index.html`` and ``images/worst-01.jpg``, ... into a folder.
+    """Write ``index.html`` and ``images/worst-01.jpg``, ``images/good-01.jpg``, ... into a folder.
 
-    At most 24 images are decoded, one at a time, so that memory does not grow with the data. A picture or a
+    At most 30 images are decoded, one at a time, so that memory does not grow with the data. An image or a
     ``metrics_csv`` that cannot be read costs its place on the page, not the page.
 
     Args:
         report: what ``evaluate`` returned.
-        folder: made if it does not exist; files of those names in it are replaced, and ``images/worst-NN.jpg`` of an
-            earlier, longer page removed.
+        folder: made if it does not exist; files of those names in it are replaced, and images of an earlier, longer
+            page removed.
         metrics_csv: log of the training, for its curves.
         score_threshold: errors are counted among detections that score at least this.
 
@@ -96,84 +72,115 @@ def write_page(
     Raises:
         RefineDetError: the folder cannot be made or written to.
     """
-    folder = Path(folder)
-    page = folder / PAGE_FILE
+    folder = user_path(folder)
     records = [report.dataset[index] for index in report.indices]
     # Nothing below the threshold of the evaluation is there to be counted.
     threshold = max(score_threshold, report.settings.score_threshold or 0.0)
     method: VocMethod = "11-point" if report.metric == "voc07" else "area"
     diagnosis = diagnose(report.outcomes, score_threshold=threshold, method=method)
-    pictures = _write_pictures(report, records, diagnosis, folder / IMAGE_FOLDER)
-    sections = [
-        _Section("errors", "Errors", _errors(report, diagnosis)),
-        _Section("classes", "Classes", _classes(report)),
-        _Section("curves", "Precision and recall", _curves(report, diagnosis)),
-        _Section("confusion", "Confusion", _confusion(report, diagnosis)),
-        _Section("sizes", "Sizes", _sizes(report, diagnosis)),
-        _Section("images", "Worst images", _gallery(pictures)),
-    ]
-    if metrics_csv is not None:
-        sections.append(_Section("training", "Training", _training(metrics_csv)))
-    write_text(page, _document(report, _headline(report, diagnosis), sections))
+    galleries = write_galleries(report, records, diagnosis, folder / IMAGE_FOLDER)
+    context = {
+        **_description(report),
+        **_error_tables(report, diagnosis),
+        **_class_table(report),
+        **_confusion(report, diagnosis),
+        "tiles": _tiles(report, diagnosis),
+        "curves": _curves(report, diagnosis),
+        "sizes": _sizes(report, diagnosis),
+        "galleries": galleries,
+        "legend": LEGEND,
+        "training": None if metrics_csv is None else _training(metrics_csv),
+    }
+    page = folder / PAGE_FILE
+    write_text(page, _environment().get_template("page.html").render(context))
     return page
 
 
-@dataclass(frozen=True)
-class _Section:
-    anchor: str
-    title: str
-    body: str
+def _environment() -> Environment:
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+    environment.filters |= {"percent": _percent, "width": _width, "shade": _shade, "count": _count}
+    return environment
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """An image of the gallery, written already; ``file`` is None if its pixels could not be read."""
+def _percent(value: float) -> str:
+    return "n/a" if math.isnan(value) or value < 0 else f"{100 * value:.1f}"
 
-    file: str | None
-    size: tuple[int, int]
-    name: str
-    summary: str
-    errors: list[str]
-    surest: bool
+
+def _width(share: float) -> str:
+    """Length of a bar in percent."""
+    return f"{0.0 if math.isnan(share) else 100 * min(max(share, 0.0), 1.0):.1f}"
+
+
+def _shade(share: float) -> int:
+    """One of nine shades."""
+    return min(9, math.ceil(9 * math.sqrt(share)))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 # The parts of the page, from top to bottom.
 
 
-def _headline(report: Report, diagnosis: Diagnosis) -> str:
-    objects, right, wrong = int(diagnosis.objects.sum()), diagnosis.right, diagnosis.wrong
-    limit = f"{diagnosis.score_threshold:g}"
-    tiles = [
-        _tile("mAP", _percent(report["mAP"]), "%", METRICS[report.metric]),
-        _tile(
-            "objects found",
-            _percent(right / objects),
-            "%",
-            f"{right:,} of {objects:,}, with a score of {limit} or more",
-        ),
-        _tile(
-            "detections right", _percent(right / (right + wrong)), "%", f"{right:,} of {right + wrong:,} at that score"
-        )
-        if right + wrong
-        else _tile("detections", "0", "", f"nothing scores {limit} or more"),
+def _description(report: Report) -> dict[str, Any]:
+    provenance = report.settings.provenance
+    made = [
+        f"refinedet {provenance.version}" if provenance.version else "",
+        f"torch {provenance.torch}" if provenance.torch else "",
+        f"data {report.settings.data_digest[:12]}" if report.settings.data_digest else "",
     ]
-    gain, name = max((value - diagnosis.mean_ap, kind.name) for kind, value in _repairs(diagnosis))
-    if gain > 0:
-        note = f"points of {_repaired_measure(report)} that it costs"
-        tiles.append(_tile(f"costliest error: {name}", f"&minus;{100 * gain:.1f}", "", note))
-    return f'<div class="tiles">{"".join(tiles)}</div>'
+    listed = ", ".join(part for part in made if part)
+    return {
+        "signature": REPORT_SIGNATURE,
+        "style": Markup(Path(__file__).with_name("page.css").read_text(encoding="utf-8")),
+        "title": printable(report.data + (f" {report.split}" if report.split else "")),
+        "facts": list(_facts(report)),
+        "notes": report.notes,
+        "coco": report.metric == "coco",
+        "measured": METRICS[report.metric],
+        "names": [printable(name) for name in report.per_class],
+        "hit_iou": f"{HIT_IOU:g}",
+        "made": f"Made by {listed}." if listed else "",
+    }
 
 
-def _tile(what: str, figure: str, unit: str, note: str) -> str:
-    return (
-        f'<div class="tile"><p class="what">{escape(what)}</p><p class="figure">{figure}<small>{unit}</small></p>'
-        f'<p class="note">{escape(note)}</p></div>'
-    )
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    settings = report.settings
+    if settings.weights:
+        yield "weights", printable(settings.weights)
+    yield "measure", METRICS[report.metric]
+    yield "images", f"{report.images:,}" + (", the first of the split" if settings.limit else "")
+    yield "objects", f"{sum(report.objects.values()):,} in {_classes(len(report.per_class))}"
+    if settings.model is not None:
+        height, width = settings.model.image_size
+        yield "network", f"{settings.model.backbone}, {width} x {height} pixels"
+    if settings.passes:
+        yield "scales", f"multi-scale, {len(settings.passes)} passes"
+    if settings.iteration is not None:
+        yield "iteration", f"{settings.iteration:,}"
+    if settings.score_threshold is not None:
+        yield "scores in AP", f"{settings.score_threshold:g} and more"
+    if settings.seconds_per_image is not None:
+        device = f" ({settings.provenance.device})" if settings.provenance.device else ""
+        yield "time", f"{settings.seconds_per_image:.3f} s per image{device}"
+    if settings.provenance.date:
+        yield "date", settings.provenance.date.replace("T", " ").replace("+00:00", " UTC")
+    if settings.provenance.command:
+        yield "command", settings.provenance.command
 
 
-def _repairs(diagnosis: Diagnosis) -> list[tuple[_Kind, float]]:
-    """Each kind of error, and what mean AP would be without it."""
-    return [*((_KINDS[kind], diagnosis.repaired[kind]) for kind in ERRORS), (_MISSED_KIND, diagnosis.repaired_missed)]
+def _classes(number: int) -> str:
+    return f"{number} class{'es' * (number != 1)}"
+
+
+def _repairs(diagnosis: Diagnosis) -> list[tuple[str, str, float]]:
+    """Name and meaning of each kind of error, and what mean AP would be without it."""
+    kinds = [(KIND_NAMES[kind], _MEANINGS[kind], diagnosis.repaired[kind]) for kind in ERRORS]
+    return [*kinds, ("missed", "an object that counts, found by no box", diagnosis.repaired_missed)]
 
 
 def _repaired_measure(report: Report) -> str:
@@ -181,102 +188,105 @@ def _repaired_measure(report: Report) -> str:
     return "AP at IoU 0.5" if report.metric == "coco" else "mAP"
 
 
-def _errors(report: Report, diagnosis: Diagnosis) -> str:
-    measure = _repaired_measure(report)
+def _tiles(report: Report, diagnosis: Diagnosis) -> list[dict[str, str]]:
+    objects, right, wrong = int(diagnosis.objects.sum()), diagnosis.right, diagnosis.wrong
+    limit = f"{diagnosis.score_threshold:g}"
+
+    def tile(what: str, figure: str, unit: str, note: str) -> dict[str, str]:
+        return {"what": what, "figure": figure, "unit": unit, "note": note}
+
+    tiles = [tile("mAP", _percent(report["mAP"]), "%", METRICS[report.metric])]
+    if report.metric == "coco":
+        tiles.append(tile("AP50", _percent(report["AP50"]), "%", "AP at IoU 0.5"))
+    note = f"{right:,} of {objects:,}, with a score of {limit} or more"
+    tiles.append(tile("objects found", _percent(right / objects), "%", note))
+    if right + wrong:
+        note = f"{right:,} of {right + wrong:,} at that score"
+        tiles.append(tile("detections right", _percent(right / (right + wrong)), "%", note))
+    else:
+        tiles.append(tile("detections", "0", "", f"nothing scores {limit} or more"))
+    gain, name = max((value - diagnosis.mean_ap, name) for name, _, value in _repairs(diagnosis))
+    if gain > 0:
+        note = f"points of {_repaired_measure(report)} that it costs"
+        tiles.append(tile(f"costliest error: {name}", f"{_MINUS}{100 * gain:.1f}", "", note))
+    return tiles
+
+
+def _error_tables(report: Report, diagnosis: Diagnosis) -> dict[str, Any]:
     columns = [diagnosis.outcomes[:, kind] for kind in ERRORS] + [diagnosis.missed]
-    counts = [int(column.sum()) for column in columns]
-    rows = [
-        _row(
-            f'{kind.name}<span class="note">{kind.meaning}</span>',
-            f"{count:,}",
-            _bar(count / max(1, *counts), "missed" if kind is _MISSED_KIND else "wrong"),
-            _percent(value),
-            f"{100 * (value - diagnosis.mean_ap):+.1f}".replace("-", "&minus;"),
-        )
-        for (kind, value), count in zip(_repairs(diagnosis), counts, strict=True)
+    numbers = [int(column.sum()) for column in columns]
+    kinds = [
+        {
+            "name": name,
+            "meaning": meaning,
+            "number": number,
+            "share": number / max(1, *numbers),
+            "color": "missed" if name == "missed" else "wrong",
+            "repaired": repaired,
+            "gain": f"{100 * (repaired - diagnosis.mean_ap):+.1f}".replace("-", _MINUS),
+        }
+        for (name, meaning, repaired), number in zip(_repairs(diagnosis), numbers, strict=True)
     ]
-    ignored = int(diagnosis.outcomes[:, Outcome.IGNORED].sum())
-    left_out = f"; {ignored:,} detection{'s' * (ignored != 1)} on them left out" if ignored else ""
-    names = list(report.per_class)
+    names = [printable(name) for name in report.per_class]
     errors = np.sum(columns, axis=0)
     most = max(1, *(int(column.max()) for column in columns))
     by_class = [
-        _row(
-            escape(names[label]),
-            f"{diagnosis.objects[label]:,}",
-            f"{diagnosis.outcomes[label, Outcome.TRUE_POSITIVE]:,}",
-            *(_shaded(int(column[label]), column[label] / most, "w") for column in columns),
-            f"{errors[label]:,}",
-        )
+        {
+            "name": names[label],
+            "objects": int(diagnosis.objects[label]),
+            "found": int(diagnosis.outcomes[label, Outcome.TRUE_POSITIVE]),
+            "cells": [{"count": int(column[label]), "share": column[label] / most} for column in columns],
+            "errors": int(errors[label]),
+        }
         for label in np.argsort(-errors, kind="stable").tolist()
     ]
-    return (
-        f"<p>Counted among the detections that score {diagnosis.score_threshold:g} or more. The last columns say what "
-        f"{measure} ({_percent(diagnosis.mean_ap)} %) would be if all errors of a kind were repaired, at whatever "
-        "score; each kind is repaired alone, so the gains do not add up. Difficult and crowd objects are neither found "
-        f"nor missed{left_out}.</p>"
-        + _table(
-            "kinds",
-            "Kinds of error",
-            ("error", "number", '<span class="sr">as a bar</span>', f"{measure} %<br>if repaired", "gain"),
-            rows,
-        )
-        + _table(
-            "grid",
-            "Errors by class: that of the detection or, if missed, of the object. The stronger the colour, the more.",
-            ("class", "objects", "found", *(kind.name for kind, _ in _repairs(diagnosis)), "errors"),
-            by_class,
-        )
-    )
+    return {
+        "threshold": f"{diagnosis.score_threshold:g}",
+        "measure": _repaired_measure(report),
+        "mean_ap": diagnosis.mean_ap,
+        "ignored": int(diagnosis.outcomes[:, Outcome.IGNORED].sum()),
+        "kinds": kinds,
+        "errors_by_class": by_class,
+    }
 
 
-def _classes(report: Report) -> str:
+def _class_table(report: Report) -> dict[str, Any]:
+    labels = {name: label for label, name in enumerate(report.per_class)}
     known = sorted((n for n, v in report.per_class.items() if not math.isnan(v)), key=lambda n: -report.per_class[n])
-    absent = [name for name, value in report.per_class.items() if math.isnan(value)]
+    thresholds, f1 = best_f1(report.outcomes)
     rows = [
-        _row(
-            escape(name),
-            f"{report.objects[name]:,}",
-            _percent(report.per_class[name]),
-            _bar(report.per_class[name], "right"),
-        )
+        {
+            "name": printable(name),
+            "objects": report.objects[name],
+            "ap": report.per_class[name],
+            "ap50": report.per_class_ap50[name],
+            "threshold": f"{thresholds[labels[name]]:.2f}" if f1[labels[name]] > 0 else "n/a",
+            "f1": float(f1[labels[name]]),
+        }
         for name in known
     ]
-    none = f'<p class="note">No objects: {escape(", ".join(absent))}.</p>' if absent else ""
-    caption = f"Average precision by class, {METRICS[report.metric]}"
-    return _table("bars", caption, ("class", "objects", "AP %", _SCALE), rows) + none
+    return {"classes": rows, "absent": [printable(n) for n, value in report.per_class.items() if math.isnan(value)]}
 
 
-def _curves(report: Report, diagnosis: Diagnosis) -> str:
+def _curves(report: Report, diagnosis: Diagnosis) -> list[dict[str, Any]]:
     labels = {name: label for label, name in enumerate(report.per_class)}
     names = sorted(report.curves, key=lambda name: -report.per_class[name])
     mean = np.mean([report.curves[name] for name in names], axis=0)
-    panels = [_curve_panel("all classes", f"mean AP {_percent(report['mAP'])}", mean, None)]
+    charts = [_curve("all classes", f"mean AP {_percent(report['mAP'])}", mean, None)]
     for name in names:
         label = labels[name]
         right = int(diagnosis.outcomes[label, Outcome.TRUE_POSITIVE])
         kept = right + int(diagnosis.outcomes[label, list(ERRORS)].sum())
         dot = (right / int(diagnosis.objects[label]), right / kept) if kept else None
-        panels.append(_curve_panel(name, f"AP {_percent(report.per_class[name])}", report.curves[name], dot))
-    shown, rest = "".join(panels[:_OPEN_CURVES]), "".join(panels[_OPEN_CURVES:])
-    more = (
-        f"<details><summary>{len(panels) - _OPEN_CURVES} more classes</summary>"
-        f'<div class="panels">{rest}</div></details>'
-        if rest
-        else ""
-    )
-    return (
-        "<p>Of the detections above some score, precision is the share that is right, and recall the share of the "
-        "objects that they find. Both at IoU 0.5, precision interpolated. The dot is where a score of "
-        f"{diagnosis.score_threshold:g} stands; it lies below the curve where a lower score has better precision.</p>"
-        f'<div class="panels">{shown}</div>{more}'
-    )
+        figure = f"AP {_percent(report.per_class[name])}"
+        charts.append(_curve(printable(name), figure, report.curves[name], dot))
+    return charts
 
 
-def _curve_panel(name: str, figure: str, curve: npt.NDArray[np.float64], dot: tuple[float, float] | None) -> str:
+def _curve(name: str, figure: str, curve: npt.NDArray[np.float64], dot: tuple[float, float] | None) -> dict[str, Any]:
     at_dot = "" if dot is None else f" At the threshold: recall {dot[0]:.0%}, precision {dot[1]:.0%}."
     samples = ", ".join(f"{curve[recall]:.0%} at recall {recall}%" for recall in (25, 50, 75))
-    chart = line_chart(
+    svg = line_chart(
         [Line(name, CURVE_RECALLS.tolist(), curve.tolist())],
         title=f"Precision over recall, {name}",
         description=f"Precision {samples}.{at_dot}",
@@ -286,128 +296,63 @@ def _curve_panel(name: str, figure: str, curve: npt.NDArray[np.float64], dot: tu
         ticks=((0, 0.5, 1), (0, 0.5, 1)),
         dot=dot,
     )
-    return _panel(name, figure, chart)
+    return {"title": name, "figure": figure, "svg": Markup(svg)}
 
 
-def _panel(title: str, figure: str, chart: str, kind: str = "one") -> str:
-    return (
-        f'<figure class="{kind}"><figcaption><b>{escape(title)}</b> <span>{escape(figure)}</span></figcaption>{chart}'
-        "</figure>"
-    )
-
-
-def _confusion(report: Report, diagnosis: Diagnosis) -> str:
-    names = list(report.per_class)
+def _confusion(report: Report, diagnosis: Diagnosis) -> dict[str, Any]:
+    names = [printable(name) for name in report.per_class]
     matrix, last = diagnosis.confusion, len(names)
     rows = []
     for row in range(last + 1):
         # A row of objects is shaded by shares of them, the row without objects by its own largest entry.
         whole = max(1, int(matrix[row].sum()) if row < last else int(matrix[row].max()))
-        cells = [
-            _shaded(int(matrix[row, column]), matrix[row, column] / whole, "r" if row == column else "w", zero="")
+        cells: _Cells = [
+            {
+                "count": int(matrix[row, column]),
+                "share": matrix[row, column] / whole,
+                "hue": "r" if row == column else "w",
+            }
             for column in range(last + (row < last))
         ]
-        rows.append(_row(escape(names[row]) if row < last else "background", *cells))
+        rows.append({"name": names[row] if row < last else "background", "cells": cells})
     mistaken = matrix[:last, :last].copy()
     np.fill_diagonal(mistaken, 0)
     worst = [divmod(index, last) for index in np.argsort(-mistaken, axis=None, kind="stable")[:8].tolist()]
-    frequent = "".join(
-        f"<li><b>{escape(names[row])}</b> taken for <b>{escape(names[column])}</b>: {mistaken[row, column]:,} of "
-        f"{diagnosis.objects[row]:,}</li>"
+    confused = [
+        {
+            "true": names[row],
+            "predicted": names[column],
+            "count": int(mistaken[row, column]),
+            "objects": int(diagnosis.objects[row]),
+        }
         for row, column in worst
         if mistaken[row, column]
-    )
-    listed = f'<p>Most frequent:</p><ul class="frequent">{frequent}</ul>' if frequent else ""
-    return (
-        f"<p>Rows are true classes, columns what the detector calls them, at an IoU above {HIT_IOU:g} and a score of "
-        f"{diagnosis.score_threshold:g} or more. Each object stands once in its row. The row <i>background</i> holds "
-        "detections that have no object to themselves: in the wrong place, on the background, or a second one.</p>"
-        + listed
-        + _table(
-            "matrix many" if last > _LONG else "matrix",
-            "Confusion matrix: numbers of objects; the stronger the colour, the larger the share of the row",
-            ("true \\ predicted", *(f"<span>{escape(name)}</span>" for name in names), "<span>missed</span>"),
-            rows,
-        )
-    )
+    ]
+    return {"matrix": rows, "confused": confused}
 
 
-def _sizes(report: Report, diagnosis: Diagnosis) -> str:
+def _sizes(report: Report, diagnosis: Diagnosis) -> list[dict[str, Any]]:
     if report.metric == "coco":
         values = [report[name] for name in ("APs", "APm", "APl")]
     else:
         values = diagnosis.ap_by_size.tolist()
     limits = ("area below 32 x 32 pixels", "below 96 x 96", "96 x 96 and above")
-    rows = []
-    for size, limit, value, objects, found in zip(
-        SIZES, limits, values, diagnosis.objects_by_size.tolist(), diagnosis.found_by_size.tolist(), strict=True
-    ):
-        figures = ("no objects", "", "")
-        if objects:
-            figures = (_percent(found / objects), _percent(value), _bar(value, "right"))
-        rows.append(_row(f'{size}<span class="note">{limit}</span>', f"{objects:,}", *figures))
-    caption = f"Average precision by the size of the object, {METRICS[report.metric]}"
-    return (
-        "<p>In pixels of the original pictures; objects of other sizes do not count. Found: with a score of "
-        f"{diagnosis.score_threshold:g} or more.</p>"
-        + _table("bars", caption, ("size", "objects", "found %", "AP %", _SCALE), rows)
-    )
-
-
-def _gallery(pictures: Sequence[_Picture]) -> str:
-    if not pictures:
-        return "<p>No image has an error.</p>"
-    legend = "".join(
-        f'<li><i style="background:rgb{color}"></i>{text}</li>'
-        for color, text in (
-            (_FOUND, "object, found"),
-            (_MISSED, "object, missed"),
-            (_WRONG, "wrong detection, with its score"),
-            (_IGNORED, "object that does not count"),
+    return [
+        {"name": size, "limit": limit, "objects": objects, "found": found / max(1, objects), "ap": value}
+        for size, limit, value, objects, found in zip(
+            SIZES, limits, values, diagnosis.objects_by_size.tolist(), diagnosis.found_by_size.tolist(), strict=True
         )
-    )
-    parts = [f'<ul class="legend">{legend}</ul>']
-    for surest, title, text in (
-        (False, "Most errors", "Wrong detections and missed objects together."),
-        (
-            True,
-            "Surest errors",
-            "The wrong detections of the highest scores, in images not shown above. Some may be objects that nobody "
-            "annotated.",
-        ),
-    ):
-        chosen = "".join(_figure(picture) for picture in pictures if picture.surest == surest)
-        if chosen:
-            parts.append(f'<h3>{title}</h3><p>{text}</p><div class="gallery">{chosen}</div>')
-    return "".join(parts)
+    ]
 
 
-def _figure(picture: _Picture) -> str:
-    listed = "".join(f"<li>{escape(one)}</li>" for one in picture.errors)
-    name, summary = escape(picture.name), escape(picture.summary)
-    if picture.file is None:
-        shown = '<p class="none">the picture cannot be read</p>'
-    else:
-        source = f"{IMAGE_FOLDER}/{picture.file}"
-        width, height = picture.size
-        shown = (
-            f'<a href="{source}"><img src="{source}" width="{width}" height="{height}" loading="lazy" '
-            f'alt="{name}: {summary}"></a>'
-        )
-    return (
-        f"<figure>{shown}<figcaption><b>{name}</b> <span>{summary}</span></figcaption>"
-        f'<ul class="listed">{listed}</ul></figure>'
-    )
-
-
-def _training(metrics_csv: Path) -> str:
+def _training(metrics_csv: Path) -> dict[str, Any]:
     try:
         curves = read_curves(metrics_csv)
     except RefineDetError as error:
         # The file is named, not the folders of the machine.
-        return f'<p class="none">{escape(str(error).replace(str(metrics_csv), metrics_csv.name))}</p>'
+        return {"fault": str(error).replace(str(metrics_csv), metrics_csv.name)}
     losses = [name for name in curves if name == "total" or "loss" in name or name.startswith(("arm_", "odm_"))]
-    panels = []
+    charts = []
     for title, axis, names, scale in (
         ("Loss", "loss", losses, 1.0),
         ("mAP on the evaluation split", "mAP, %", ["mAP"], 100.0),
@@ -418,7 +363,7 @@ def _training(metrics_csv: Path) -> str:
         if not values:
             continue
         several = len(lines) > 1
-        chart = line_chart(
+        svg = line_chart(
             lines,
             title=f"{title} over iterations",
             description="In the end: " + ", ".join(f"{line.name} {line.y[-1]:.4g}" for line in lines) + ".",
@@ -429,11 +374,11 @@ def _training(metrics_csv: Path) -> str:
             marked=not several and len(values) <= _MARKED,
             size=(460, 270),
         )
-        last = f"best {max(values):.1f}" if axis.startswith("mAP") else ""
-        panels.append(_panel(title, last, chart, "several" if several else "one"))
-    if not panels:
-        return '<p class="none">The log of the training holds no losses and no mAP yet.</p>'
-    return f'<p>From {escape(metrics_csv.name)}.</p><div class="panels large">{"".join(panels)}</div>'
+        figure = f"best {max(values):.1f}" if axis.startswith("mAP") else ""
+        charts.append({"title": title, "figure": figure, "svg": Markup(svg), "kind": "several" if several else "one"})
+    if not charts:
+        return {"fault": "The log of the training holds no losses and no mAP yet."}
+    return {"fault": "", "source": metrics_csv.name, "charts": charts}
 
 
 def _thinned(name: str, steps: Sequence[int], values: Sequence[float], scale: float) -> Line:
@@ -445,184 +390,3 @@ def _thinned(name: str, steps: Sequence[int], values: Sequence[float], scale: fl
         [steps[min(start + size, len(steps)) - 1] for start in starts],
         [scale * float(np.mean(values[start : start + size])) for start in starts],
     )
-
-
-def _document(report: Report, headline: str, sections: Sequence[_Section]) -> str:
-    title = escape(report.data + (f" {report.split}" if report.split else ""))
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    facts = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(report))
-    links = "".join(f'<a href="#{section.anchor}">{section.title}</a>' for section in sections)
-    parts = "\n".join(
-        f'<section id="{section.anchor}"><h2>{section.title}</h2>{section.body}</section>' for section in sections
-    )
-    return (
-        '<!DOCTYPE html>\n<!-- report written by refinedet -->\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>RefineDet on {title}</title>\n<style>\n{style}</style></head>\n<body><main>"
-        f'<header><p class="eyebrow">RefineDet, evaluation</p><h1>{title}</h1><dl>{facts}</dl></header>\n{headline}'
-        + (f"<nav>{links}</nav>" if links else "")
-        + f"\n{parts}\n<footer>How errors are told apart: docs/testing.md of refinedet. The figures for programs: "
-        "report.json, per_class.csv and detections.json beside this page.</footer></main></body></html>\n"
-    )
-
-
-def _facts(report: Report) -> Iterator[tuple[str, str]]:
-    settings = report.settings
-    yield "measure", METRICS[report.metric]
-    yield "images", f"{report.images:,}" + (", the first of the split" if settings.limit else "")
-    count = len(report.per_class)
-    yield "objects", f"{sum(report.objects.values()):,} in {count} class{'es' * (count != 1)}"
-    if settings.left_out is not None:
-        yield "classes", f"those that model and data share; left out: {settings.left_out}"
-    if settings.model is not None:
-        height, width = settings.model.image_size
-        yield "network", f"{settings.model.backbone}, {width} x {height} pixels"
-    if settings.passes:
-        yield "scales", f"multi-scale, {len(settings.passes)} passes"
-    if settings.iteration is not None:
-        yield "iteration", f"{settings.iteration:,}"
-    if settings.score_threshold is not None:
-        yield "scores in AP", f"{settings.score_threshold:g} and more"
-    if settings.seconds_per_image is not None:
-        yield "time", f"{settings.seconds_per_image:.3f} s per image"
-
-
-# Pictures.
-
-
-def _write_pictures(report: Report, records: Sequence[Record], diagnosis: Diagnosis, folder: Path) -> list[_Picture]:
-    chosen = _worst(report.detections, diagnosis)
-    pictures = []
-    for number, (position, surest) in enumerate(chosen, start=1):
-        record, found, image = records[position], report.detections[position], diagnosis.images[position]
-        file: str | None = f"worst-{number:02d}.jpg"
-        size = (0, 0)
-        try:
-            pixels = report.dataset.load_image(report.indices[position])
-        except RefineDetError:
-            file = None
-        else:
-            drawn = Image.fromarray(_drawn(pixels, record, found, image))
-            size = drawn.size
-            write_atomically(folder / f"worst-{number:02d}.jpg", _saver(drawn))
-        wrong, missed = int(image.wrong.sum()), int(image.missed.sum())
-        pictures.append(
-            _Picture(
-                file,
-                size,
-                record.image_path.name,
-                f"{wrong} wrong, {missed} missed",
-                _named_errors(found, image),
-                surest,
-            )
-        )
-    _remove_pictures(folder, keep=len(chosen))
-    return pictures
-
-
-def _worst(detections: Sequence[Detections], diagnosis: Diagnosis) -> list[tuple[int, bool]]:
-    """Positions of the images to show, and whether it is for the score of an error rather than for the number."""
-    errors = np.array([int(image.wrong.sum()) + int(image.missed.sum()) for image in diagnosis.images])
-    surest = np.array(
-        [
-            float(found.scores[image.wrong].max()) if image.wrong.any() else -1.0
-            for found, image in zip(detections, diagnosis.images, strict=True)
-        ]
-    )
-    most = [index for index in np.lexsort((-surest, -errors)).tolist() if errors[index]][:WORST_IMAGES]
-    others = [i for i in np.argsort(-surest, kind="stable").tolist() if surest[i] >= 0 and i not in most]
-    return [(index, False) for index in most] + [(index, True) for index in others[:WORST_IMAGES]]
-
-
-def _drawn(
-    pixels: npt.NDArray[np.uint8], record: Record, found: Detections, image: ImageDiagnosis
-) -> npt.NDArray[np.uint8]:
-    """A small copy with objects and wrong detections; what is most worth seeing on top."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((_IMAGE_SIDE, _IMAGE_SIDE), Image.Resampling.LANCZOS)
-    scale = np.array([picture.width / record.width, picture.height / record.height] * 2)
-    names = found.class_names
-    ignored = record.difficult | record.crowd
-    wrong = _surest_first(found, image)
-    boxes = [found.boxes[wrong]]
-    texts = [f"{names[found.labels[index]]} {found.scores[index]:.0%}" for index in wrong]
-    colors = [_WRONG] * len(wrong)
-    for chosen, color in ((image.missed, _MISSED), (~image.missed & ~ignored, _FOUND), (ignored, _IGNORED)):
-        boxes.append(record.boxes[chosen])
-        texts += [names[label] for label in record.labels[chosen]]
-        colors += [color] * int(chosen.sum())
-    return draw_boxes(np.asarray(picture), np.concatenate(boxes) * scale, np.arange(len(texts)), texts, colors=colors)
-
-
-def _surest_first(found: Detections, image: ImageDiagnosis) -> npt.NDArray[np.int64]:
-    """Indices of the wrong detections, best score first."""
-    wrong = np.flatnonzero(image.wrong)
-    return wrong[np.argsort(-found.scores[wrong], kind="stable")]
-
-
-def _named_errors(found: Detections, image: ImageDiagnosis) -> list[str]:
-    wrong = _surest_first(found, image)
-    listed = []
-    for index in wrong[:_LISTED].tolist():
-        name, kind = found.class_names[found.labels[index]], _KINDS[Outcome(image.outcomes[index])]
-        listed.append(f"{name} {found.scores[index]:.0%}: {kind.name}")
-    return listed + ([f"and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else [])
-
-
-def _saver(picture: Image.Image) -> Callable[[Path], None]:
-    # Thin lines in full colour: halved chroma would smear them.
-    def save(path: Path) -> None:
-        picture.save(path, format="JPEG", quality=85, subsampling=0)
-
-    return save
-
-
-def _remove_pictures(folder: Path, keep: int) -> None:
-    """Take away those of an earlier page beyond the first ``keep``."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        match = re.fullmatch(r"worst-(\d\d)\.jpg", path.name)
-        if match is not None and int(match[1]) > keep:
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-# Tables.
-
-
-_SCALE = '<span class="scale"><i>0</i><i>50</i><i>100 %</i></span>'
-"""Head of a column of bars."""
-
-
-def _table(kind: str, caption: str, heads: Sequence[str], rows: Sequence[str]) -> str:
-    """A table that scrolls in itself where it is too wide, or very long; ``heads`` and ``rows`` are HTML."""
-    tall = " tall" if len(rows) > _LONG else ""
-    head = "".join(f'<th scope="col">{one}</th>' for one in heads)
-    # A scrolling region must be reachable by keyboard.
-    return (
-        f'<div class="wide{tall}" tabindex="0"><table class="{kind}"><caption><span>{caption}</span></caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _row(head: str, *cells: str) -> str:
-    """A row; a cell that is no ``<td>`` yet becomes one."""
-    ready = (cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in cells)
-    return f'<tr><th scope="row">{head}</th>{"".join(ready)}</tr>\n'
-
-
-def _percent(value: float) -> str:
-    return "n/a" if math.isnan(value) or value < 0 else f"{100 * value:.1f}"
-
-
-def _bar(share: float, kind: str) -> str:
-    width = 0.0 if math.isnan(share) else 100 * min(max(share, 0.0), 1.0)
-    return f'<td class="bar"><span class="track"><span class="{kind}" style="width:{width:.1f}%"></span></span></td>'
-
-
-def _shaded(count: int, share: float, hue: str, zero: str = "&middot;") -> str:
-    """A cell in one of nine shades of right (r) or wrong (w)."""
-    if not count:
-        return f"<td>{zero}</td>"
-    return f'<td class="{hue}{min(9, math.ceil(9 * math.sqrt(share)))}">{count:,}</td>'
