@@ -16,7 +16,7 @@ import pytest
 from conftest import FullDisk
 from refinedet import files
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.images import write_image
+from refinedet.outputs import write_image
 
 SIGNATURE = "detections written by refinedet"
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.images import expand_sources, is_image_name, read_image, read_image_size
+from refinedet.images import ImageSource, is_image_name, is_one_image, read_image, read_image_size
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -261,57 +267,219 @@ def test_is_image_name(name: str, answer: bool) -> None:
     assert is_image_name(name) is answer
 
 
-@pytest.fixture
-def photos(tmp_path: Path, pixels: Pixels) -> Path:
-    for name in ("b.png", "a.JPG", "deep/c.png", "deep/er/d.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no image")
-    (tmp_path / "._b.png").write_text("left by a Mac")
-    (tmp_path / "none").mkdir()
-    return tmp_path
+# One law for every way in --------------------------------------------------------------------------------------------
 
 
-def names(files: list[Path], root: Path) -> list[str]:
-    return [file.relative_to(root).as_posix() for file in files]
+def stored_images(pixels: Pixels) -> dict[str, Image.Image]:
+    """An image of every kind that is treated in its own way."""
+    gray = pixels[..., 0]
+    alpha = np.concatenate([pixels, gray[..., None]], axis=2)
+    palette = Image.fromarray(pixels // 64 * 64).quantize(16)
+    return {
+        "rgb.png": Image.fromarray(pixels),
+        "gray.png": Image.fromarray(gray),
+        "deep.png": Image.fromarray(gray.astype(np.uint16) * 199),
+        "deep.tif": Image.fromarray(gray.astype(np.uint16) * 199),
+        "alpha.png": Image.fromarray(alpha),
+        "gray-alpha.png": Image.fromarray(alpha[..., 2:], mode="LA"),
+        "bilevel.png": Image.fromarray(gray > 100),
+        "palette.gif": palette,
+        "ink.jpg": Image.fromarray(alpha, mode="CMYK"),
+        "photo.jpg": Image.fromarray(pixels),
+        "photo.webp": Image.fromarray(pixels),
+        "photo.jp2": Image.fromarray(pixels),
+    }
 
 
-def test_folder_gives_its_own_pictures_sorted(photos: Path) -> None:
-    assert names(expand_sources([photos]), photos) == ["a.JPG", "b.png"]
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_a_file_its_bytes_and_pillow_give_the_same_pixels(tmp_path: Path, pixels: Pixels, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, image in stored_images(pixels).items():
+        path = tmp_path / name
+        options = {} if name.endswith((".gif", ".jp2")) else {"exif": exif}
+        image.save(path, **options)
+        expected = read_image(path)
+        assert expected.shape == ((30, 20, 3) if options and orientation >= 5 else (20, 30, 3)), name
+        content = path.read_bytes()
+        ways: list[ImageSource] = [str(path), content, bytearray(content), memoryview(content), io.BytesIO(content)]
+        with path.open("rb") as file, Image.open(path) as opened, Image.open(path) as loaded:
+            loaded.load()
+            ways.append(file)
+            if name != "deep.tif" or orientation < 5:  # Pillow itself mixes up the pixels of these, given a path.
+                ways += [opened, loaded, opened]
+            for way in ways:
+                np.testing.assert_array_equal(read_image(way), expected, err_msg=f"{name} {type(way)}")
+            assert loaded.size in ((30, 20), expected.shape[1::-1])
 
 
-def test_globs(photos: Path) -> None:
-    assert names(expand_sources([f"{photos}/*"]), photos) == ["a.JPG", "b.png"]
-    assert names(expand_sources([f"{photos}/**/*.png"]), photos) == ["b.png", "deep/c.png", "deep/er/d.png"]
+def test_the_same_samples_as_a_file_and_as_an_array(tmp_path: Path, pixels: Pixels) -> None:
+    rng = np.random.default_rng(2)
+    deep = rng.integers(0, 65536, (20, 30), dtype=np.uint16)
+    alpha = rng.integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    for array in (pixels, pixels[..., 0], alpha, alpha[..., :2], deep, pixels[..., 0] > 99):
+        mode = "LA" if array.ndim == 3 and array.shape[2] == 2 else None
+        Image.fromarray(np.ascontiguousarray(array), mode=mode).save(tmp_path / "a.png")
+        np.testing.assert_array_equal(read_image(array), read_image(tmp_path / "a.png"))
+    colours = rng.integers(0, 65536, (20, 30, 3), dtype=np.uint16)
+    write_png_rgb(tmp_path / "a.png", (30, 20), 16, b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours))
+    np.testing.assert_array_equal(read_image(colours), read_image(tmp_path / "a.png"))
+    np.testing.assert_array_equal(read_image(pixels[..., :1]), read_image(pixels[..., 0]))
+    np.testing.assert_array_equal(read_image(pixels[::-1, ::2]), pixels[::-1, ::2])
 
 
-def test_order_of_the_sources_is_kept(photos: Path) -> None:
-    found = expand_sources([photos / "deep", str(photos / "b.png"), photos / "notes.txt"])
-    assert names(found, photos) == ["deep/c.png", "b.png", "notes.txt"]
-
-
-def test_file_whose_name_looks_like_a_glob(photos: Path, pixels: Pixels) -> None:
-    Image.fromarray(pixels).save(photos / "x[1].png")
-    assert names(expand_sources([photos / "x[1].png"]), photos) == ["x[1].png"]
+def test_tensors(pixels: Pixels) -> None:
+    tensor = torch.from_numpy(pixels)
+    chw = tensor.permute(2, 0, 1)
+    for way in (tensor, chw, chw / 255, (tensor / 255).requires_grad_(), (chw / 255).double(), chw.contiguous()):
+        np.testing.assert_array_equal(read_image(way), pixels)
+    np.testing.assert_array_equal(read_image(chw[:1]), read_image(pixels[..., 0]))
+    np.testing.assert_array_equal(read_image(chw[0]), read_image(pixels[..., 0]))
+    # Three rows and three channels: torch's own order goes first.
+    square = torch.arange(27, dtype=torch.uint8).reshape(3, 3, 3)
+    np.testing.assert_array_equal(read_image(square), square.permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none", "no images in this folder"),
-        ("*.webp", "no image matches"),
-        ("z.png", "no such file or folder"),
-        ("*.txt", "no image matches"),
+        (None, "None"),
+        (7, "int object is no image: an image is a path"),
+        (np.zeros(3, np.uint8), r"shape \(3,\) is no image"),
+        (np.uint8(3), "is no image"),
+        (np.array(3, np.uint8), r"shape \(\) is no image"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"pass list\(array\)"),
+        (np.zeros((4, 4, 5), np.uint8), "is no image"),
+        (np.zeros((0, 4, 3), np.uint8), "is no image"),
+        (np.zeros((4, 4, 3), np.float32), "of type float32 is no image.*255"),
+        (np.zeros((4, 4, 3), np.int64), "of type int64 is no image"),
+        (np.zeros((4, 4), object), "of type object is no image"),
+        (torch.zeros(3), "is no image"),
+        (torch.tensor(3.0), "is no image"),
+        (torch.zeros(2, 3, 4, 4), r"pass list\(tensor\)"),
+        (torch.full((3, 4, 4), 1.5), r"lie in 0\.\.1"),
+        (torch.full((3, 4, 4), float("nan")), r"lie in 0\.\.1"),
+        (torch.zeros(3, 4, 4, device="meta"), "no plain values"),
+        (torch.zeros(3, 4, 4, dtype=torch.complex64), "is no image"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "of type int64"),
+        (io.StringIO("text"), "opened as text"),
+        ("ftp://example.com/a.jpg", "only http"),
+        ("file:///etc/hostname", "only http"),
+        ("file:/etc/hostname", "only http"),
     ],
 )
-def test_nothing_found(photos: Path, source: str, message: str) -> None:
+def test_what_is_no_image(source: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        expand_sources([photos / source])
-    assert_one_line(caught.value, photos / source)
+        read_image(source)
+    assert "\n" not in str(caught.value)
 
 
-def test_no_sources_and_addresses() -> None:
-    with pytest.raises(UsageError, match="no images given"):
-        expand_sources([])
-    with pytest.raises(UsageError, match="not fetched"):
-        expand_sources(["https://example.com/a.jpg"])
+def test_bytes_and_files_that_are_no_image(tmp_path: Path) -> None:
+    closed = (tmp_path / "a").open("wb")
+    closed.close()
+    for source in (b"", b"abc", io.BytesIO(b"abc"), memoryview(b"GIF89a"), closed):
+        with pytest.raises(RefineDetError) as caught:
+            read_image(source)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+
+
+def test_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    Image.open(path).close()  # Pillow alone would take it
+    for source in (path, path.read_bytes()):
+        with pytest.raises(RefineDetError, match="not an image"):
+            read_image(source)
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    for path in (tmp_path / "a.jpg", Path("/dev/zero")):
+        with pytest.raises(RefineDetError, match="a pipe or a device") as caught:
+            read_image(path)
+        assert_one_line(caught.value, path)
+
+
+@pytest.mark.parametrize("name", ["a" * 100_000, "a/" * 50_000, "x" * 256 + ".jpg", "a\0b.jpg", "\ud800.jpg"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    with pytest.raises(RefineDetError) as caught:
+        read_image(name)
+    assert len(str(caught.value)) < 1200
+
+
+def test_heic_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(RefineDetError, match=r"a\.HEIC: this format cannot be read; convert the image"):
+        read_image(tmp_path / "a.HEIC")
+
+
+def test_the_limit_of_pixels_can_be_moved(tmp_path: Path, pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    for source in (path, Image.fromarray(pixels), path.read_bytes()):
+        with pytest.raises(RefineDetError, match=r"too large \(30x20\): more than 599 pixels; raise the limit"):
+            read_image(source, max_pixels=599)
+        assert read_image(source, max_pixels=600).shape == (20, 30, 3)
+    # Pillow's own limit, made small, stands for an image above it.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(RefineDetError, match="too large"):
+        read_image(path)
+    assert read_image(path, max_pixels=10**9).shape == (20, 30, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_images_are_converted_in_strips(
+    tmp_path: Path, pixels: Pixels, monkeypatch: pytest.MonkeyPatch, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name, image in stored_images(pixels).items():
+        image.save(tmp_path / name, **({} if name.endswith((".gif", ".jp2")) else {"exif": exif}))
+        whole = read_image(tmp_path / name)
+        monkeypatch.setattr("refinedet.pixels._STRIP_PIXELS", 77)
+        np.testing.assert_array_equal(read_image(tmp_path / name), whole, err_msg=name)
+        monkeypatch.undo()
+
+
+def test_no_memory_is_one_line(tmp_path: Path, pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    for place in ("PIL.ImageFile.ImageFile.load", "refinedet.images.rgb_pixels"):
+        monkeypatch.setattr(place, no_memory)
+        with pytest.raises(RefineDetError, match="not enough memory for an image of 30x20"):
+            read_image(path)
+        monkeypatch.undo()
+
+
+@pytest.mark.filterwarnings("error")
+def test_pillow_does_not_warn_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: Pixels) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)  # 600 pixels: a warning, not yet an error
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\xff")
+    assert read_image(tmp_path / "a.png").shape == (20, 30, 3)
+    palette = Image.fromarray(pixels).quantize(8)
+    palette.save(tmp_path / "b.png", transparency=bytes([0, 128, 255]))
+    assert read_image(tmp_path / "b.png").shape == (20, 30, 3)
+    monkeypatch.undo()
+    with Image.open(tmp_path / "b.png") as opened:
+        np.testing.assert_array_equal(read_image(opened), read_image(tmp_path / "b.png"))
+
+
+def test_what_counts_as_one_image(pixels: Pixels) -> None:
+    for one in ("a", Path("a"), b"", pixels, torch.zeros(2), Image.fromarray(pixels), io.BytesIO()):
+        assert is_one_image(one)
+    for other in (None, 3, [pixels], (pixels,), iter([pixels]), {"a": 1}):
+        assert not is_one_image(other)
+
+
+def test_a_tensor_is_recognised_without_importing_torch() -> None:
+    program = (
+        "import sys, numpy as np\nimport refinedet.prediction\nfrom refinedet.images import read_image\n"
+        "read_image(np.zeros((4, 4, 3), np.uint8))\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 import tyro
 
@@ -28,19 +28,12 @@ import refinedet
 import refinedet.weights
 from refinedet.config import ModelConfig, Preset, TrainConfig
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import check_output, check_output_folder, has_signature, json_text, user_path, write_text
+from refinedet.files import check_output, check_output_folder, user_path, write_text
 from refinedet.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from refinedet.detections import Detections
-
-_SIGNATURE = "boxes drawn by refinedet"
-"""Written into drawn copies: only such files are overwritten when a command is repeated."""
-_JSON_SIGNATURE = "detections written by refinedet"
-_LARGE_SIDE = 16_000
+    from refinedet.sources import OneImage
 
 CallT = TypeVar("CallT")
 
@@ -510,134 +503,61 @@ def _predict(arguments: list[str]) -> int:
     if not 0 <= call.threshold <= 1:
         raise UsageError(f"--threshold must be between 0 and 1, not {call.threshold}")
 
-    from refinedet.images import expand_sources
+    from refinedet.outputs import (
+        JSON_SIGNATURE,
+        SIGNATURE,
+        DrawnCopies,
+        coco_image_ids,
+        coco_json,
+        paragraph,
+        predictions_json,
+    )
+    from refinedet.prediction import predict_ahead
+    from refinedet.sources import find_images
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
-    files = expand_sources(call.images)
-    save = None if call.save is None else check_output_folder(user_path(call.save), ours=_SIGNATURE)
-    json_file = None if call.json is None else check_output(user_path(call.json), inputs=files, ours=_JSON_SIGNATURE)
+    images = find_images(call.images)
+    files = images.files
+    if note := images.note():
+        print(note, file=sys.stderr)
+    save = None if call.save is None else check_output_folder(user_path(call.save), ours=SIGNATURE)
+    json_file = None if call.json is None else check_output(user_path(call.json), inputs=files, ours=JSON_SIGNATURE)
 
     from refinedet.detector import RefineDet
     from refinedet.device import pick_device
 
     model = RefineDet.from_pretrained(call.weights, device=pick_device(call.device))
-    copies = None if save is None else _Copies(save, files)
+    copies = None if save is None else DrawnCopies(save, files)
     found: list[Detections] = []
     failed: list[dict[str, str]] = []
 
-    def report_failure(file: Path, error: RefineDetError) -> None:
+    def report_failure(image: OneImage, error: RefineDetError) -> None:
         _fail(str(error), error.exit_code)
-        failed.append({"source": str(file), "error": str(error)})
+        failed.append({"source": image.name, "error": str(error)})
 
     with _progress("predict") as show:
-        for batch in _batches(files, call.batch_size, report_failure):
-            results = model.predict_arrays([image for _, image in batch], threshold=call.threshold)
-            for (file, image), result in zip(batch, results, strict=True):
-                detections = dataclasses.replace(result, source=str(file))
-                print(_paragraph(file, detections))
-                if copies is not None:
-                    copies.write(file, detections.draw(image))
-                # The boxes only: images are gone when their batch is done, however many there are.
-                found.append(detections)
+        for detections, pixels in predict_ahead(
+            model, files, threshold=call.threshold, batch_size=call.batch_size, on_error=report_failure
+        ):
+            print(paragraph(detections))
+            if copies is not None:
+                copies.write(detections.source, detections.draw(pixels))
+            # The boxes only: images are gone when their batch is done, however many there are.
+            found.append(detections)
             show(len(found) + len(failed), len(files))
     if copies is not None and copies.written:
         print(f"drawn: {copies.written} image{'s' * (copies.written != 1)} in {save}")
     if json_file is not None:
         if call.json_format == "coco":
-            write_text(json_file, json_text(_coco_results(found), _JSON_SIGNATURE))
+            ids = dict(zip(files, coco_image_ids(files), strict=True))
+            text = coco_json(found, [ids[detections.source or ""] for detections in found])
         else:
-            content = {
-                "model": call.weights,
-                "class_names": list(model.class_names),
-                "threshold": call.threshold,
-                "images": [detections.to_dict() for detections in found],
-                "failed": failed,
-            }
-            write_text(json_file, json_text(content, _JSON_SIGNATURE))
+            text = predictions_json(
+                found, model=call.weights, class_names=model.class_names, threshold=call.threshold, failed=failed
+            )
+        write_text(json_file, text)
         print(f"json: {json_file}")
     return 1 if failed else 0
-
-
-def _batches(
-    files: Sequence[Path],
-    size: int,
-    report_failure: Callable[[Path, RefineDetError], None],
-) -> Iterator[list[tuple[Path, npt.NDArray[np.uint8]]]]:
-    """Images that can be read, ``size`` at a time; the others are reported."""
-    from refinedet.images import read_image
-
-    batch = []
-    for file in files:
-        try:
-            batch.append((file, read_image(file)))
-        except RefineDetError as error:
-            report_failure(file, error)
-            continue
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _paragraph(file: Path, detections: Detections) -> str:
-    width, height = detections.image_size
-    count = len(detections)
-    heading = f"{file}  {width}x{height}  {count} object{'s' * (count != 1)}"
-    if not count:
-        return heading
-    return heading + "".join(f"\n  {line}" for line in detections.table().splitlines())
-
-
-def _coco_results(found: Sequence[Detections]) -> list[dict[str, Any]]:
-    """COCO results; ids are the numbers in the file names if all of them are numbers, else 1, 2, 3, ...
-
-    ``file_name`` goes along, which COCO's tools ignore and everybody else can use.
-    """
-    stems = [Path(detections.source or "").stem for detections in found]
-    numbers = [int(stem) for stem in stems if re.fullmatch(r"[0-9]+", stem)]
-    ids = numbers if len(set(numbers)) == len(found) else list(range(1, len(found) + 1))
-    return [
-        {**result, "file_name": detections.source}
-        for image_id, detections in zip(ids, found, strict=True)
-        for result in detections.to_coco(image_id)
-    ]
-
-
-class _Copies:
-    """Drawn copies in a folder: every image its own file, and no file of the user overwritten."""
-
-    def __init__(self, folder: Path, originals: Sequence[Path]) -> None:
-        self._folder = folder
-        self._originals = {original.resolve() for original in originals}
-        self._names: set[str] = set()
-        self.written = 0
-
-    def write(self, original: Path, drawn: npt.NDArray[np.uint8]) -> Path:
-        from refinedet.images import write_image
-
-        target = self._target(original, large=max(drawn.shape) > _LARGE_SIDE)
-        write_image(target, drawn, _SIGNATURE)
-        self.written += 1
-        return target
-
-    def _target(self, original: Path, *, large: bool) -> Path:
-        # Photos stay JPEG; whatever else comes in becomes PNG, which loses nothing and has no limit on its sides.
-        ending = ".jpg" if original.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif") and not large else ".png"
-        number = 1
-        while True:
-            name = f"{original.stem}{'' if number == 1 else f'-{number}'}{ending}"
-            target = self._folder / name
-            # Compared in lower case: on many disks A.jpg and a.jpg are one file.
-            if name.lower() not in self._names and target.resolve() not in self._originals and _is_free(target):
-                self._names.add(name.lower())
-                return target
-            number += 1
-
-
-def _is_free(path: Path) -> bool:
-    """Whether there is nothing of that name, or a copy drawn earlier."""
-    return not os.path.lexists(path) or (path.is_file() and has_signature(path, _SIGNATURE))
 
 
 @contextlib.contextmanager

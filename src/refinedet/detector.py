@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -19,19 +20,17 @@ from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json, write_bytes, write_text
-from refinedet.images import read_image
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
 from refinedet.model.postprocess import postprocess
 from refinedet.model.soft_nms import soften
+from refinedet.prediction import DEFAULT_THRESHOLD, predict_ahead
 from refinedet.preprocess import preprocess
+from refinedet.sources import holds_many
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    ImageSource = str | Path | npt.NDArray[np.uint8] | Image.Image
-    ImageSources = list[ImageSource] | list[str] | list[Path] | list[npt.NDArray[np.uint8]] | tuple[ImageSource, ...]
+    from refinedet.images import ImageSource, PixelSource
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -91,55 +90,88 @@ class RefineDet:
         self.network.to(device)
         return self
 
+    # The type of a path's result depends on the disk, since a folder gives a list: Any lets both be used as they are.
     @overload
-    def predict(self, source: ImageSource, *, threshold: float | None = ..., batch_size: int = ...) -> Detections: ...
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        source: str | os.PathLike[str],
+        *,
+        threshold: float | None = ...,
+        batch_size: int = ...,
+        max_pixels: int | None = ...,
+    ) -> Detections | Any: ...
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        source: PixelSource,
+        *,
+        threshold: float | None = ...,
+        batch_size: int = ...,
+        max_pixels: int | None = ...,
+    ) -> Detections: ...
     @overload
     def predict(
-        self, source: ImageSources, *, threshold: float | None = ..., batch_size: int = ...
+        self,
+        source: Iterable[ImageSource],
+        *,
+        threshold: float | None = ...,
+        batch_size: int = ...,
+        max_pixels: int | None = ...,
     ) -> list[Detections]: ...
     def predict(
         self,
-        source: ImageSource | ImageSources,
+        source: ImageSource | Iterable[ImageSource],
         *,
-        threshold: float | None = 0.5,
+        threshold: float | None = DEFAULT_THRESHOLD,
         batch_size: int = 8,
+        max_pixels: int | None = None,
     ) -> Detections | list[Detections]:
         """Detect objects.
 
         Args:
-            source: a file, a (H, W, 3) uint8 RGB array or a Pillow image; or a list of these.
+            source: one image: a path, an http(s) address, the bytes of a file, an open binary file, a Pillow image, a
+                NumPy array ((H, W, 3) RGB, also gray, RGBA, uint16) or a torch tensor ((C, H, W) or (H, W, C), uint8 or
+                floats in 0..1). Or many: a folder, a pattern such as ``"photos/*.jpg"``, a list or a generator.
             threshold: lowest score returned; None returns all that post-processing keeps.
-            batch_size: images per run of the network.
+            batch_size: images per run of the network; fewer where they are very large.
+            max_pixels: largest width times height of an image that is read; ``images.MAX_PIXELS`` if None.
 
         Returns:
-            One ``Detections`` for one image, a list for a list, in pixels of each image.
+            One ``Detections`` for one image, a list for many, in pixels of each image.
 
         Raises:
-            RefineDetError: a file is no readable image.
+            UsageError: a wrong argument, or a source that is no image.
+            RefineDetError: an image cannot be read.
+
+        Example:
+            >>> import numpy as np
+            >>> from refinedet import PRESETS, RefineDet
+            >>> model = RefineDet(PRESETS["smoke"].model)
+            >>> model.predict(np.zeros((48, 64, 3), np.uint8)).image_size
+            (64, 48)
         """
-        if isinstance(source, (list, tuple)):
-            results: list[Detections] = []
-            for first in range(0, len(source), batch_size):
-                part = source[first : first + batch_size]
-                results += self.predict_arrays(
-                    [_to_array(one) for one in part],
-                    threshold=threshold,
-                    sources=[str(one) if isinstance(one, (str, Path)) else None for one in part],
-                )
-            return results
-        return self.predict([source], threshold=threshold, batch_size=1)[0]
+        many = holds_many(source)
+        results = list(self.stream(source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels))
+        return results if many else results[0]
+
+    __call__ = predict
 
     def stream(
-        self, sources: Iterable[ImageSource], *, threshold: float | None = 0.5, batch_size: int = 8
+        self,
+        sources: ImageSource | Iterable[ImageSource],
+        *,
+        threshold: float | None = DEFAULT_THRESHOLD,
+        batch_size: int = 8,
+        max_pixels: int | None = None,
     ) -> Iterator[Detections]:
-        """Detect objects in any number of images with flat memory, one ``Detections`` at a time, in order."""
-        batch: list[ImageSource] = []
-        for source in sources:
-            batch.append(source)
-            if len(batch) == batch_size:
-                yield from self.predict(batch, threshold=threshold, batch_size=batch_size)
-                batch = []
-        yield from self.predict(batch, threshold=threshold, batch_size=batch_size)
+        """Detect objects in any number of images with flat memory, one ``Detections`` at a time, in order.
+
+        Takes and raises what ``predict`` does; images are decoded ahead in threads.
+        """
+        for detections, _ in predict_ahead(
+            self, sources, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels
+        ):
+            yield detections
 
     def predict_arrays(
         self,
@@ -253,14 +285,6 @@ class RefineDet:
         path = folder / WEIGHTS_FILE
         load_weights(detector.network, read_safetensors(path), str(path))
         return detector.to(device)
-
-
-def _to_array(source: ImageSource) -> npt.NDArray[np.uint8]:
-    if isinstance(source, (str, Path)):
-        return read_image(source)
-    if isinstance(source, np.ndarray):
-        return source
-    return np.asarray(source.convert("RGB"))
 
 
 def find_weights(name: str | Path) -> Path:

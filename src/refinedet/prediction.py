@@ -1,0 +1,86 @@
+"""The one road of prediction: sources are found, decoded ahead in threads, and pass through a detector in batches.
+
+``RefineDet.predict``, ``RefineDet.stream`` and the command line all take it; any detector with ``predict_arrays`` can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, Protocol
+
+from refinedet.detections import Detections
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.pixels import Pixels
+from refinedet.sources import OneImage, decode_ahead, list_images
+
+DEFAULT_THRESHOLD = 0.4
+"""Lowest score of a detection that is shown, in Python and on the command line."""
+
+
+class ArrayDetector(Protocol):
+    """Anything that turns pixels into detections."""
+
+    def predict_arrays(self, images: list[Pixels], *, threshold: float | None = None) -> list[Detections]:
+        """One ``Detections`` for each (H, W, 3) uint8 RGB image."""
+
+
+def predict_ahead(
+    model: ArrayDetector,
+    source: object,
+    *,
+    threshold: float | None = DEFAULT_THRESHOLD,
+    batch_size: int = 8,
+    max_pixels: int | None = None,
+    on_error: Callable[[OneImage, RefineDetError], None] | None = None,
+) -> Iterator[tuple[Detections, Pixels]]:
+    """Detections and pixels of each image, in order, with flat memory.
+
+    Args:
+        model: the detector.
+        source: see ``sources.list_images``.
+        threshold: lowest score returned; None returns all that post-processing keeps.
+        batch_size: images per run of the network; fewer where they are very large.
+        max_pixels: largest width times height of an image; ``images.MAX_PIXELS`` if None.
+        on_error: called with each image that cannot be read, and its error; without it the error is raised.
+
+    Raises:
+        UsageError: a wrong argument, or something that is no image.
+        RefineDetError: an image cannot be read and ``on_error`` is None.
+    """
+    check_threshold(threshold)
+    if max_pixels is not None and not max_pixels >= 1:
+        raise UsageError(f"max_pixels must be at least 1, not {max_pixels!r}")
+    images = list_images(source, max_pixels=max_pixels)
+    with closing(decode_ahead(images, OneImage.count, OneImage.read, batch_size=batch_size)) as batches:
+        for batch in batches:
+            readable: list[tuple[OneImage, Pixels]] = []
+            for decoded in batch:
+                if decoded.pixels is not None:
+                    readable.append((decoded.item, decoded.pixels))
+                elif decoded.error is not None:
+                    if on_error is None:
+                        raise decoded.error
+                    on_error(decoded.item, decoded.error)
+            batch.clear()
+            if not readable:
+                continue
+            answers = model.predict_arrays([pixels for _, pixels in readable], threshold=threshold)
+            for (image, pixels), detections in zip(readable, answers, strict=True):
+                yield dataclasses.replace(detections, source=image.file), pixels
+            readable.clear()
+
+
+def check_threshold(threshold: Any) -> None:
+    """Refuse what is no score.
+
+    Raises:
+        UsageError: not None and not within 0..1.
+    """
+    if threshold is None:
+        return
+    number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)  # numpy's scalars are Real
+    if not (number and 0 <= threshold <= 1):
+        raise UsageError(f"threshold must be between 0 and 1, not {threshold!r}")

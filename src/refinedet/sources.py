@@ -1,0 +1,384 @@
+"""From what a user names to batches of pixels: files, folders, patterns, addresses and images at hand.
+
+``find_images`` turns paths into files. ``decode_ahead`` decodes images in threads while the caller works on those that
+came before, and holds no more pixels at once than a bound. Prediction, the command line and evaluation all use it.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import logging
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.fetch import fetch, is_address
+from refinedet.files import user_path
+from refinedet.images import (
+    KINDS,
+    UNREADABLE_EXTENSIONS,
+    ImageSource,
+    describe,
+    is_image_name,
+    is_one_image,
+    open_image,
+    read_file,
+    read_image,
+)
+from refinedet.pixels import Pixels
+
+PIXELS_AHEAD = 64_000_000
+"""Pixels that are decoded or being decoded at once; a larger image is decoded alone."""
+DECODE_THREADS = 2
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass
+class ImageFiles:
+    """What ``find_images`` found."""
+
+    files: list[str] = field(default_factory=list)
+    """Paths and addresses, in the order given."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Ending, such as ".heic", to the number of photographs in the searched folders that cannot be read."""
+
+    def note(self) -> str | None:
+        """One line that names what was passed over, if anything was."""
+        if not self.passed_over:
+            return None
+        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(self.passed_over.items()))
+        return f"passed over: {counts} (these formats cannot be read; convert the images to JPEG or PNG)"
+
+
+def find_images(sources: Iterable[str | os.PathLike[str]]) -> ImageFiles:
+    """Files behind a list of files, folders, patterns and addresses, in the order given.
+
+    Of a folder the images directly inside are taken, sorted by name; a pattern such as ``photos/*.jpg`` or
+    ``photos/**/*.png`` gives its images, sorted; ``**`` does not follow symbolic links to folders. A file named by
+    itself is taken whatever its ending, an http(s) address without asking the server.
+
+    Raises:
+        UsageError: a source that does not exist or holds no images, or no source at all.
+    """
+    found = ImageFiles()
+    for source in sources:
+        found.files.extend(_files_of(source, found.passed_over))
+    if not found.files:
+        raise UsageError("no images given; name files, folders or patterns")
+    return found
+
+
+def holds_many(source: object) -> bool:
+    """Whether a source stands for a list of images: a folder, a pattern, or anything that is not one image."""
+    if not isinstance(source, (str, os.PathLike)):
+        return not is_one_image(source)
+    text = os.fspath(source)
+    if isinstance(source, str) and is_address(text):
+        return False
+    path = user_path(os.fsdecode(os.fspath(source)))
+    return _is_dir(path) or (not _exists(path) and glob.has_magic(str(path)))
+
+
+def _files_of(source: str | os.PathLike[str], passed_over: Counter[str]) -> list[str]:
+    name = describe(source)
+    if isinstance(source, str) and is_address(source):
+        if not source.lower().startswith(("http://", "https://")):
+            raise UsageError(f"{name}: only http:// and https:// addresses are fetched; give a path for a local file")
+        return [source]
+    path = user_path(os.fsdecode(os.fspath(source)))
+    if _is_dir(path):
+        try:
+            inside = sorted(child for child in path.iterdir() if not child.name.startswith(".") and child.is_file())
+        except OSError as error:
+            raise UsageError(f"{name}: cannot be searched ({error.strerror})") from None
+        return _images_of(inside, f"{name}: no images in this folder; its subfolders are not searched", passed_over)
+    if _exists(path):
+        return [str(path)]
+    if glob.has_magic(str(path)):
+        return _images_of(_matches(path, name), f"{name}: no image matches this pattern", passed_over)
+    raise UsageError(f"{name}: no such file or folder")
+
+
+def _images_of(files: list[Path], none_found: str, passed_over: Counter[str]) -> list[str]:
+    images = [str(file) for file in files if is_image_name(file.name)]
+    unreadable = Counter(
+        file.suffix.lower() for file in files if file.suffix.lower() in UNREADABLE_EXTENSIONS and file.name[0] != "."
+    )
+    if not images:
+        note = ImageFiles(passed_over=unreadable).note()
+        raise UsageError(none_found + (f"; {note}" if note else ""))
+    passed_over.update(unreadable)
+    return images
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _matches(pattern: Path, name: str) -> list[Path]:
+    """Files that match a pattern; hidden files and folders only where the pattern names them.
+
+    ``glob.glob`` would follow symbolic links under ``**``, and never end where two of them lead back.
+    """
+    parts = pattern.parts
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    if max(len(part) for part in parts) > 255:
+        raise UsageError(f"{name}: no image matches this pattern (a part of it is longer than a file name can be)")
+    wild: list[str] = []
+    for part in parts[first:]:
+        part = "**" if part == "**" else re.sub(r"\*\*+", "*", part)
+        if not (part == "**" and wild and wild[-1] == "**"):
+            wild.append(part)
+    hidden = {part for part in wild if part.startswith(".")}
+    base = Path(*parts[:first])
+    if wild[-1] == "**":
+        wild.append("*")
+    try:
+        files = {
+            path
+            for path in base.glob("/".join(wild))
+            if (hidden or not any(part.startswith(".") for part in path.relative_to(base).parts)) and path.is_file()
+        }
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name}: not a pattern that can be searched ({error})") from None
+    return sorted(files)
+
+
+@dataclass(frozen=True)
+class OneImage:
+    """One image of a prediction."""
+
+    source: ImageSource
+    """Where its pixels come from: a path, an address, the bytes of a file, or (H, W, 3) uint8 RGB pixels."""
+    name: str
+    """What messages call it."""
+    file: str | None
+    """Path or address, if it has one."""
+    max_pixels: int | None = None
+
+    def count(self) -> int:
+        """Width times height, from the header.
+
+        Raises:
+            RefineDetError: as ``open_image``.
+        """
+        if isinstance(self.source, np.ndarray):
+            return int(self.source.shape[0] * self.source.shape[1])
+        if isinstance(self.source, str) and is_address(self.source):
+            # Downloaded once; the class is frozen for its users, not for itself.
+            object.__setattr__(self, "source", fetch(self.source))
+        with open_image(self.source, max_pixels=self.max_pixels, name=self.name) as image:
+            return image.width * image.height
+
+    def read(self) -> Pixels:
+        """Its pixels.
+
+        Raises:
+            RefineDetError: as ``read_image``.
+        """
+        return read_image(self.source, max_pixels=self.max_pixels, name=self.name)
+
+
+def list_images(source: object, *, max_pixels: int | None = None) -> Iterator[OneImage]:
+    """The images that a source stands for, one by one.
+
+    What is at hand (an open file, a Pillow image, an array, a tensor) is read when it is reached, before a generator is
+    asked for the next one, which may close the file or fill the same array anew. The others are read later.
+
+    Args:
+        source: whatever ``read_image`` takes, a folder, a pattern, or an iterable of these.
+        max_pixels: as in ``read_image``.
+
+    Raises:
+        UsageError: something in it is no image, or a file that does not exist.
+    """
+    if isinstance(source, (str, os.PathLike)) or is_one_image(source):
+        yield from _images_in(source, describe(source), max_pixels, copy=False)
+        return
+    if not isinstance(source, Iterable) or isinstance(source, (Mapping, Set)):
+        raise UsageError(f"{_kind(source)} is no image: an image is {KINDS}; several come as a list or a generator")
+    if isinstance(source, Sequence):
+        for index, item in enumerate(source):
+            _check_item(item, index)
+    for index, item in enumerate(source):
+        _check_item(item, index)
+        name = describe(item)
+        if not isinstance(item, (str, os.PathLike)):
+            name = f"image {index} of the list ({name})"
+        yield from _images_in(item, name, max_pixels, copy=not isinstance(source, Sequence))
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} {value!r:.40}".split("\n")[0]
+
+
+def _check_item(item: object, index: int) -> None:
+    if not is_one_image(item):
+        raise UsageError(f"item {index} of the list, {_kind(item)}, is no image: an image is {KINDS}")
+
+
+def _images_in(source: Any, name: str, max_pixels: int | None, *, copy: bool) -> Iterator[OneImage]:
+    if isinstance(source, (str, os.PathLike)):
+        passed_over: Counter[str] = Counter()
+        for file in _files_of(source, passed_over):
+            yield OneImage(file, describe(file), file, max_pixels)
+        if note := ImageFiles(passed_over=passed_over).note():
+            logging.getLogger("refinedet").warning("%s: %s", name, note)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        yield OneImage(source, name, None, max_pixels)
+    elif callable(getattr(source, "read", None)) and not isinstance(source, (Image.Image, np.ndarray)):
+        yield OneImage(read_file(source, name), name, None, max_pixels)
+    else:
+        pixels = read_image(source, max_pixels=max_pixels, name=name)
+        opened = getattr(source, "filename", None) if isinstance(source, Image.Image) else None
+        shared = copy and isinstance(source, np.ndarray) and np.shares_memory(pixels, source)
+        yield OneImage(
+            pixels.copy() if shared else pixels, name, opened if opened and isinstance(opened, str) else None
+        )
+
+
+@dataclass(frozen=True)
+class Decoded(Generic[ItemT]):
+    """One image that has come through ``decode_ahead``."""
+
+    item: ItemT
+    """What the caller gave."""
+    pixels: Pixels | None
+    """(H, W, 3) uint8 RGB; None if the image could not be read."""
+    error: RefineDetError | None = None
+    """Why it could not be read."""
+
+
+def decode_ahead(
+    items: Iterable[ItemT],
+    count: Callable[[ItemT], int],
+    read: Callable[[ItemT], Pixels],
+    *,
+    batch_size: int,
+    threads: int = DECODE_THREADS,
+    pixels_ahead: int | None = None,
+) -> Generator[list[Decoded[ItemT]], None, None]:
+    """Batches of decoded images in the order of ``items``; the next ones are decoded while the caller works.
+
+    A batch has fewer than ``batch_size`` images where more would exceed ``pixels_ahead``. An image that cannot be read
+    comes with its error and takes its place in the batch.
+
+    Args:
+        items: whatever ``count`` and ``read`` understand; taken one by one, only as far ahead as needed.
+        count: width times height of an item; called in a thread.
+        read: pixels of an item; called in a thread.
+        batch_size: largest number of images in a batch.
+        threads: that decode.
+        pixels_ahead: bound on the pixels that are held at once, the caller's batch included (clear it when it is
+            done); ``PIXELS_AHEAD`` if None. A larger image is decoded alone.
+
+    Raises:
+        UsageError: batch size or number of threads below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("threads", threads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        pipeline = _Pipeline(iter(items), count, read, pool, batch_size, threads, pixels_ahead)
+        try:
+            while batch := pipeline.next_batch(batch_size):
+                yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Pipeline(Generic[ItemT]):
+    """Items whose pixels are being counted, then items that are being decoded, in order."""
+
+    def __init__(
+        self,
+        items: Iterator[ItemT],
+        count: Callable[[ItemT], int],
+        read: Callable[[ItemT], Pixels],
+        pool: ThreadPoolExecutor,
+        batch_size: int,
+        threads: int,
+        pixels_ahead: int | None,
+    ) -> None:
+        self._items = items
+        self._count, self._read, self._pool = count, read, pool
+        self._counting: deque[tuple[ItemT, Future[int]]] = deque()
+        self._decoding: deque[tuple[ItemT, int, Future[Pixels] | RefineDetError]] = deque()
+        self._longest, self._threads = batch_size + threads, threads
+        self._bound = PIXELS_AHEAD if pixels_ahead is None else pixels_ahead
+        self._held = 0
+        """Pixels that are decoded, being decoded, or in the caller's batch."""
+        self._in_batch = 0
+
+    def next_batch(self, size: int) -> list[Decoded[ItemT]]:
+        """The next images, at most ``size``; none when all are done. The batch before counts as given up."""
+        self._held -= self._in_batch
+        self._in_batch = 0
+        batch: list[Decoded[ItemT]] = []
+        while len(batch) < size:
+            self._fill()
+            if not self._decoding:
+                break
+            item, pixels, decoding = self._decoding.popleft()
+            self._in_batch += pixels
+            batch.append(_decoded(item, decoding))
+        self._fill(wait=True)
+        return batch
+
+    def _fill(self, *, wait: bool = False) -> None:
+        """Start what fits. Something is being decoded afterwards unless all is done or the batch takes all room.
+
+        With ``wait`` the sizes of the next images are waited for, so that threads have work while the caller works.
+        """
+        while len(self._decoding) < self._longest:
+            while len(self._counting) <= self._threads:
+                for item in itertools.islice(self._items, 1):
+                    self._counting.append((item, self._pool.submit(self._count, item)))
+                    break
+                else:
+                    break
+            if not self._counting:
+                return
+            item, counting = self._counting[0]
+            if self._decoding and not wait and not counting.done():
+                return
+            pixels, error = 0, None
+            try:
+                pixels = counting.result()
+            except RefineDetError as caught:
+                error = caught
+            if self._held and self._held + pixels > self._bound:
+                return
+            self._counting.popleft()
+            self._held += pixels
+            self._decoding.append((item, pixels, error or self._pool.submit(self._read, item)))
+
+
+def _decoded(item: ItemT, decoding: Future[Pixels] | RefineDetError) -> Decoded[ItemT]:
+    if isinstance(decoding, RefineDetError):
+        return Decoded(item, None, decoding)
+    try:
+        return Decoded(item, decoding.result())
+    except RefineDetError as error:
+        return Decoded(item, None, error)
