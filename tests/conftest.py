@@ -7,6 +7,7 @@ learn them in a few iterations. Boxes have integer corners, so they survive ever
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 SHARED_DATA = Path(__file__).parents[1] / "../shared/data"
+os.environ["REFINEDET_DEBUG"] = "1"  # a bug of a command keeps its traceback, in subprocesses too
 COLOURS = ((230, 60, 50), (60, 220, 80), (70, 110, 240), (240, 220, 60), (220, 80, 220), (80, 230, 230))
 FolderFactory = Callable[..., Path]
 FullDisk = Callable[[int], AbstractContextManager[None]]

@@ -122,9 +122,8 @@ def test_console_bar() -> None:
     log.log(5, {"loss": 1.5})
     log.log(10, {"mAP": 0.25})
     log.close()
-    assert "loss 1.5" in stream.getvalue()
-    assert "mAP 0.25" in stream.getvalue()
     assert "10/10" in stream.getvalue()
+    assert "loss 1.50  mAP 25.0" in stream.getvalue()
 
 
 def test_tensorboard(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def smoke(name: str, devkit: Path, coco_folder: FolderFactory, out: Path) -> Non
     """Two iterations and an evaluation, by the commands of docs/paper.md."""
     splits = {"train2017": [0, 1, 2], "val2017": [4, 5]}
     data = coco_folder(images=6, splits=splits) if name.startswith("coco") else devkit
-    batch = ["--batch-size", "2", "--workers", "0", "--max-iterations", "2", "--device", "cpu"]
+    batch = ["--batch-size", "2", "--workers", "0", "--iterations", "2", "--device", "cpu"]
     assert cli.main(["train", name, "--data", str(data), "--out", str(out), "--init-weights", "random", *batch]) == 0
     assert (out / "last/model.safetensors").is_file()
     split, metric = ("val", "coco") if name.startswith("coco") else ("2007:test", "voc")
@@ -149,8 +149,8 @@ def test_every_preset_trains_and_evaluates(name: str, devkit: Path, coco_folder:
 
 def test_the_smallest_preset_trains_and_evaluates(voc_folder: FolderFactory, tmp_path: Path) -> None:
     data, out = str(voc_folder(images=4)), str(tmp_path / "run")
-    arguments = ["--init-weights", "random", "--max-iterations", "2", "--device", "cpu"]
+    arguments = ["--init-weights", "random", "--iterations", "2", "--device", "cpu"]
     assert cli.main(["train", "smoke", "--data", data, "--out", out, *arguments]) == 0
     assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) >= 3
     assert cli.main(["evaluate", out, data, "--split", "val", "--device", "cpu"]) == 0
-    assert cli.main(["train", "smoke", "--data", data, "--out", out + "2", "--max-iterations", "0"]) == 2
+    assert cli.main(["train", "smoke", "--data", data, "--out", out + "2", "--iterations", "0"]) == 2

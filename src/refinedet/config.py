@@ -16,6 +16,9 @@ from typing import Annotated, Any, Literal
 
 from refinedet.errors import UsageError
 
+DEFAULT_THRESHOLD = 0.4
+"""Lowest score of the detections that prediction returns, in Python and on the command line."""
+
 BackboneName = Literal[
     "vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "timm"
 ]

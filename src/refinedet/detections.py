@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from refinedet import draw
-from refinedet.errors import UsageError
+from refinedet.errors import UsageError, did_you_mean
+from refinedet.text import printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +126,7 @@ class Detections:
         if isinstance(label, str):
             if label in self.class_names:
                 return self.class_names.index(label)
-            near = difflib.get_close_matches(label, self.class_names, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(self.class_names)}"
-            raise UsageError(f"unknown class '{label}': {hint}")
+            raise UsageError(f"unknown class '{label}': {did_you_mean(label, self.class_names)}")
         if not 0 <= label < len(self.class_names):
             raise UsageError(f"unknown class {label}: labels go from 0 to {len(self.class_names) - 1}")
         return int(label)
@@ -137,9 +135,10 @@ class Detections:
         """One line per detection, aligned: class, score, box corners in pixels."""
         if not len(self):
             return "nothing found"
-        wide = max(len("class"), *(len(name) for name in self.names))
+        names = [printable(name) for name in self.names]
+        wide = max(len("class"), *(len(name) for name in names))
         lines = [f"{'class':<{wide}}  score      x1      y1      x2      y2"]
-        for name, score, box in zip(self.names, self.scores, self.boxes, strict=True):
+        for name, score, box in zip(names, self.scores, self.boxes, strict=True):
             corners = " ".join(f"{value:7.1f}" for value in box)
             lines.append(f"{name:<{wide}}  {score:5.3f} {corners}")
         return "\n".join(lines)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import refinedet.weights
-from refinedet.config import ModelConfig
+from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
 from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
@@ -25,7 +25,7 @@ from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
 from refinedet.model.postprocess import postprocess
 from refinedet.model.soft_nms import soften
-from refinedet.prediction import DEFAULT_THRESHOLD, predict_ahead
+from refinedet.prediction import predict_ahead
 from refinedet.preprocess import preprocess
 from refinedet.sources import holds_many
 

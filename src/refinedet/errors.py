@@ -1,10 +1,13 @@
-"""What goes wrong because of a file or a call, not because of a bug.
+"""What goes wrong because of a file or a call, not because of a bug, and how it is said.
 
-The command line prints these as one line and exits with their ``exit_code``; everything else is a bug and keeps its
-traceback. Both derive from ``ValueError``, so library users need not know them.
+The command line prints these errors as one line and exits with their ``exit_code``. Both derive from ``ValueError``, so
+users of the library need not know them.
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class RefineDetError(ValueError):
@@ -17,3 +20,17 @@ class UsageError(RefineDetError):
     """The call was wrong: an unknown preset, a missing folder, options that exclude each other."""
 
     exit_code = 2
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """A hint for a message about an unknown word: the nearest known one, or all of them.
+
+    Example:
+        >>> did_you_mean("predcit", ["train", "predict"])
+        "did you mean 'predict'?"
+        >>> did_you_mean("zzz", ["train", "predict"])
+        'known: train, predict'
+    """
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import failure_reason, write_text
+from refinedet.progress import ProgressBar, duration, is_terminal
 
 _STEP = "iteration"
 
@@ -45,6 +47,13 @@ class LoggerGroup:
         for logger in self.loggers:
             logger.log(step, values)
 
+    def progress(self, title: str, done: int, total: int) -> None:
+        """Tell the loggers that show it how far the training, or an evaluation in between, is."""
+        for logger in self.loggers:
+            show = getattr(logger, "progress", None)
+            if show is not None:
+                show(title, done, total)
+
     def close(self) -> None:
         """Close every logger, in order."""
         for logger in self.loggers:
@@ -71,50 +80,52 @@ class ConsoleLogger:
     def __init__(self, total: int, *, start: int = 0, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._total, self._start, self._began = total, start, time.monotonic()
-        self._shown: dict[str, float] = {}
-        self._progress: Any = None
-        if self._stream.isatty():
-            # Rich is imported here because it costs a quarter of the time in which --help must answer.
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        self._latest: dict[str, float] = {}
+        self._bar: ProgressBar | None = None
+        if is_terminal(self._stream):
+            self._bar = ProgressBar("training", total, done=start, stream=self._stream, keep=True).__enter__()
 
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}", markup=False),
-                console=Console(file=self._stream),
-            )
-            self._task = self._progress.add_task("", total=total, completed=start)
-            self._progress.start()
+    def progress(self, title: str, done: int, total: int) -> None:
+        """Move the bar to an iteration ("training"), or show an evaluation in between ("evaluating")."""
+        if self._bar is None:
+            return
+        if title == "training":
+            self._bar(done, total)
+        else:
+            self._bar.aside(title, done, total)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the numbers; those of earlier calls stay on the bar until they are replaced."""
-        if self._progress is not None:
-            self._shown.update(values)
-            self._progress.update(self._task, completed=step, description=_sentence(self._shown))
+        """Show the numbers; on a terminal those of earlier calls stay until they are replaced."""
+        if self._bar is not None:
+            self._latest.update(values)
+            self._bar(
+                step, parts={name: show(self._latest[name]) for name, show in _SHOWN.items() if name in self._latest}
+            )
             return
         done = step - self._start
-        left = (
-            "" if done <= 0 else f"  left {_duration((time.monotonic() - self._began) / done * (self._total - step))}"
-        )
-        print(f"{_STEP} {step}/{self._total}  {_sentence(values)}{left}", file=self._stream, flush=True)
+        left = ""
+        if done > 0:
+            left = f"  left {duration((time.monotonic() - self._began) / done * (self._total - step))}"
+        with contextlib.suppress(OSError, ValueError):  # a log that nobody can read is not the end of a training
+            print(f"{_STEP} {step}/{self._total}  {_sentence(values)}{left}", file=self._stream, flush=True)
 
     def close(self) -> None:
         """Stop the bar and leave its last state on the screen."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._bar is not None:
+            self._bar.close()
+
+
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.2f}".format,
+    "total": "loss {:.2f}".format,
+    "images_per_second": "{:.3g} img/s".format,
+    "mAP": lambda value: f"mAP {100 * value:.1f}",
+}
+"""What the bar shows of the numbers that are logged, in this order; all of them are in the other logs."""
 
 
 def _sentence(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
 
 
 class CsvLogger:

@@ -16,6 +16,7 @@ from refinedet.errors import UsageError
 from refinedet.fetch import is_address
 from refinedet.files import has_signature, json_text, write_atomically
 from refinedet.pixels import Pixels
+from refinedet.text import printable
 
 SIGNATURE = "boxes drawn by refinedet"
 """Written into drawn copies: only such files are overwritten when a command is repeated."""
@@ -105,7 +106,7 @@ def paragraph(detections: Detections, name: str | None = None) -> str:
     """Name, size and number of objects of an image, and below it, indented, its table."""
     width, height = detections.image_size
     count = len(detections)
-    heading = f"{name or detections.source or 'image'}  {width}x{height}  {count} object{'s' * (count != 1)}"
+    heading = f"{printable(name or detections.source or 'image')}  {width}x{height}  {count} object{'s' * (count != 1)}"
     if not count:
         return heading
     return heading + "".join(f"\n  {line}" for line in detections.table().splitlines())

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, Protocol
 
+from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.pixels import Pixels
 from refinedet.sources import OneImage, decode_ahead, list_images
-
-DEFAULT_THRESHOLD = 0.4
-"""Lowest score of a detection that is shown, in Python and on the command line."""
 
 
 class ArrayDetector(Protocol):

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from refinedet.config import AugmentConfig, InferenceConfig, ModelConfig, Preset, TrainConfig
-from refinedet.errors import UsageError
+from refinedet.errors import UsageError, did_you_mean
 
 _VOC07 = TrainConfig(train_split="trainval", evaluate_split="test", metric="voc07")
 """Paper, section 5.1 (VOC 2007): 1e-3 for 80k iterations, then 20k each at 1e-4 and 1e-5, batch 32. In a VOCdevkit that
@@ -199,6 +198,4 @@ def get_preset(name: str) -> Preset:
     """
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(PRESETS)}"
-    raise UsageError(f"unknown preset '{name}': {hint}")
+    raise UsageError(f"unknown preset '{name}': {did_you_mean(name, PRESETS, cutoff=0.4)}")

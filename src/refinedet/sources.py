@@ -61,10 +61,11 @@ class ImageFiles:
         return f"passed over: {counts} (these formats cannot be read; convert the images to JPEG or PNG)"
 
 
-def find_images(sources: Iterable[str | os.PathLike[str]]) -> ImageFiles:
+def find_images(sources: Iterable[str | os.PathLike[str]], *, recursive: bool = False) -> ImageFiles:
     """Files behind a list of files, folders, patterns and addresses, in the order given.
 
-    Of a folder the images directly inside are taken, sorted by name; a pattern such as ``photos/*.jpg`` or
+    Of a folder the images directly inside are taken, or with ``recursive`` those of its subfolders too (hidden ones and
+    links to folders left out), sorted by name; a pattern such as ``photos/*.jpg`` or
     ``photos/**/*.png`` gives its images, sorted; ``**`` does not follow symbolic links to folders. A file named by
     itself is taken whatever its ending, an http(s) address without asking the server.
 
@@ -73,7 +74,7 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> ImageFiles:
     """
     found = ImageFiles()
     for source in sources:
-        found.files.extend(_files_of(source, found.passed_over))
+        found.files.extend(_files_of(source, found.passed_over, recursive))
     if not found.files:
         raise UsageError("no images given; name files, folders or patterns")
     return found
@@ -90,7 +91,7 @@ def holds_many(source: object) -> bool:
     return _is_dir(path) or (not _exists(path) and glob.has_magic(str(path)))
 
 
-def _files_of(source: str | os.PathLike[str], passed_over: Counter[str]) -> list[str]:
+def _files_of(source: str | os.PathLike[str], passed_over: Counter[str], recursive: bool) -> list[str]:
     name = describe(source)
     if isinstance(source, str) and is_address(source):
         if not source.lower().startswith(("http://", "https://")):
@@ -99,15 +100,27 @@ def _files_of(source: str | os.PathLike[str], passed_over: Counter[str]) -> list
     path = user_path(os.fsdecode(os.fspath(source)))
     if _is_dir(path):
         try:
-            inside = sorted(child for child in path.iterdir() if not child.name.startswith(".") and child.is_file())
+            inside = sorted(_files_in(path, recursive))
         except OSError as error:
             raise UsageError(f"{name}: cannot be searched ({error.strerror})") from None
-        return _images_of(inside, f"{name}: no images in this folder; its subfolders are not searched", passed_over)
+        hint = "" if recursive else "; its subfolders are not searched (the command line's --recursive does)"
+        return _images_of(inside, f"{name}: no images in this folder{hint}", passed_over)
     if _exists(path):
         return [str(path)]
     if glob.has_magic(str(path)):
         return _images_of(_matches(path, name), f"{name}: no image matches this pattern", passed_over)
     raise UsageError(f"{name}: no such file or folder")
+
+
+def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
+    """Files of a folder that are not hidden; links to folders are not followed."""
+    for child in folder.iterdir():
+        if child.name.startswith("."):
+            continue
+        if child.is_file():
+            yield child
+        elif recursive and child.is_dir() and not child.is_symlink():
+            yield from _files_in(child, recursive)
 
 
 def _images_of(files: list[Path], none_found: str, passed_over: Counter[str]) -> list[str]:
@@ -241,7 +254,7 @@ def _check_item(item: object, index: int) -> None:
 def _images_in(source: Any, name: str, max_pixels: int | None, *, copy: bool) -> Iterator[OneImage]:
     if isinstance(source, (str, os.PathLike)):
         passed_over: Counter[str] = Counter()
-        for file in _files_of(source, passed_over):
+        for file in _files_of(source, passed_over, recursive=False):
             yield OneImage(file, describe(file), file, max_pixels)
         if note := ImageFiles(passed_over=passed_over).note():
             logging.getLogger("refinedet").warning("%s: %s", name, note)

@@ -161,3 +161,16 @@ def fault_of_name(name: str) -> str | None:
     if any(unicodedata.category(letter) in _NO_TEXT for letter in name):
         return "has a line break or another control character"
     return None
+
+
+_COCO_UNUSED_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+"""Numbers between 1 and 90 that stand for no class of COCO's detection task."""
+COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _COCO_UNUSED_IDS)
+"""COCO's own category id of each of ``COCO_CLASSES``."""
+
+
+def coco_category_ids(names: Sequence[str]) -> tuple[int, ...] | None:
+    """COCO's own category ids of some classes; None unless all of them are classes of COCO."""
+    matches = match_classes(names, COCO_CLASSES)
+    ids = tuple(COCO_CATEGORY_IDS[match] for match in matches if match is not None)
+    return ids if len(set(ids)) == len(names) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 _HERE = Path(__file__).parent
@@ -15,3 +16,16 @@ def names() -> list[str]:
 def folder_of(name: str) -> Path | None:
     """Folder of the model in the box of that name, None if there is none."""
     return _HERE / name if name in names() else None
+
+
+def measured(name: str) -> str:
+    """The accuracy of a bundled model that its configuration records, and on what; for `refinedet models`."""
+    folder = folder_of(name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder is not None else {}
+        metrics = config["metrics"]
+        figure = f"mAP {100 * metrics['mAP']:.1f}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "accuracy not measured"
+    where = " ".join(str(metrics[key]) for key in ("data", "split") if metrics.get(key))
+    return figure + (f" on {where}" if where else "")

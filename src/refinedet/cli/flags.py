@@ -1,0 +1,69 @@
+"""The flags that several verbs have, as annotations of their parameters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from refinedet.config import TrainConfig
+from refinedet.errors import UsageError
+
+VERBS: dict[str, Callable[..., int]] = {}
+"""The verbs by name, in the order of the overview."""
+
+
+def verb(function: Callable[..., int]) -> Callable[..., int]:
+    """Make a function a verb of the command line."""
+    # A paragraph of a docstring is one paragraph of the help, which the terminal's width breaks into lines.
+    function.__doc__ = re.sub(r"(?<=\S)\n(?!\n|Args:)(?=\S| {8})\s*", " ", inspect.cleandoc(function.__doc__ or ""))
+    VERBS[function.__name__] = function
+    return function
+
+
+def flag(metavar: str, hint: str | None = "") -> Any:
+    """A flag's name for its value, and what stands behind its help: nothing, or its default if ``hint`` is None."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+Switch = tyro.conf.FlagCreatePairsOff[Annotated[bool, tyro.conf.arg(help_behavior_hint="")]]
+Weights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+Data = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+PresetName = Annotated[str, tyro.conf.Positional, flag("PRESET")]
+DataPaths = Annotated[tuple[str, ...], flag("DATA...")]
+Device = Annotated[str, flag("DEVICE", None)]
+Folder = Annotated[Path, flag("FOLDER", None)]
+OptionalFolder = tyro.conf.DisallowNone[Annotated[Path | None, flag("FOLDER")]]
+OptionalFile = tyro.conf.DisallowNone[Annotated[Path | None, flag("FILE")]]
+OptionalText = tyro.conf.DisallowNone[Annotated[str | None, flag("TEXT")]]
+OptionalCount = tyro.conf.DisallowNone[Annotated[int | None, flag("INT")]]
+ClassNames = tyro.conf.DisallowNone[Annotated[str | None, flag("A,B,...")]]
+Training = Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def class_names_in(text: str | None) -> tuple[str, ...] | None:
+    """The names in the value of --class-names.
+
+    Raises:
+        UsageError: an empty name, or one that is there twice.
+    """
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len(set(names)) != len(names):
+        raise UsageError(f"--class-names must be different names separated by commas, not '{text}'")
+    return names
+
+
+def check_at_least(flag: str, value: int | None, smallest: int = 1) -> None:
+    """Refuse a number that is too small.
+
+    Raises:
+        UsageError: it is; the message names the flag.
+    """
+    if value is not None and value < smallest:
+        raise UsageError(f"{flag} must be at least {smallest}, not {value}")

@@ -1,0 +1,216 @@
+"""The verbs that train: train and ablate. Their defaults come from a preset."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from refinedet.cli.flags import (
+    ClassNames,
+    DataPaths,
+    Device,
+    Folder,
+    OptionalFolder,
+    PresetName,
+    Training,
+    class_names_in,
+    flag,
+    verb,
+)
+from refinedet.cli.terminal import say
+from refinedet.config import ModelConfig, Preset, TrainConfig
+from refinedet.errors import UsageError
+from refinedet.files import check_output_folder, user_path, write_text
+from refinedet.presets import PRESETS
+
+DEFAULT_PRESETS = {"train": next(iter(PRESETS)), "ablate": "voc07-320-vgg16"}
+"""The verbs whose defaults come from the preset that is their first argument, and the preset if none is named."""
+
+
+SHORT_HELP = {
+    "train": """usage: refinedet train PRESET --data DATA [options]
+       refinedet train --resume RUN
+
+Train a detector. PRESET sets the defaults of all options (refinedet models).
+
+  --data DATA...           folders or files of annotated images: Pascal VOC, COCO
+                           JSON or YOLO; several are trained on together
+  --out FOLDER             run folder (default: runs/PRESET)
+  --init WEIGHTS           detector to start from: a bundled model, a run folder, a
+                           folder of weights or a hub id; classes go by name
+  --iterations INT         updates of the weights
+  --batch-size INT         images per update
+  --learning-rate FLOAT    rate of the weights at its highest
+  --model.image-size H W   size that images are resized to, multiples of 64
+  --evaluate-split SPLIT   split to measure on while training, or 'none'
+  --device DEVICE          cpu, cuda, mps, or auto (a GPU if there is one)
+  --resume RUN             continue a stopped run, bit for bit
+
+examples:
+  refinedet train voc07-320-resnet18 --data photos/ --init voc07-320-resnet18
+  refinedet train voc07-320-vgg16 --data ~/VOCdevkit --out runs/a
+  torchrun --nproc-per-node 4 -m refinedet train coco-320-vgg16 --data ~/coco
+
+refinedet train PRESET --help-all lists all options with their defaults.""",
+    "ablate": """usage: refinedet ablate [PRESET] --data DATA [options]
+
+Train and evaluate the four variants of the paper's Table 2 under equal
+conditions. The options are those of refinedet train. The same command given
+again continues where it was stopped, and prints the table at the end.
+
+  --data DATA...           folders or files of annotated images
+  --out FOLDER             folder of the four runs and table.md (default:
+                           runs/ablations)
+  --iterations INT         updates of the weights of each variant
+  --evaluate-split SPLIT   split to measure on
+
+example:
+  refinedet ablate voc07-320-resnet18 --data ~/VOCdevkit --iterations 2000
+
+refinedet ablate PRESET --help-all lists all options with their defaults.""",
+}
+"""What ``--help`` shows instead of the hundred options."""
+
+
+@verb
+def train(
+    preset: PresetName = "",
+    /,
+    *,
+    data: DataPaths = (),
+    out: OptionalFolder = None,
+    resume: OptionalFolder = None,
+    init_weights: Annotated[str, flag("FILE", None)] = "torchvision",
+    init: Annotated[str | None, flag("WEIGHTS")] = None,
+    class_names: ClassNames = None,
+    device: Device = "auto",
+    settings: Training = TrainConfig(),  # noqa: B008 (frozen)
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+) -> int:
+    """Train a detector.
+
+    The defaults of --iterations, --batch-size and so on (training) and of --model.* come from the preset, which is the
+    first argument: refinedet train PRESET --data DATA. A stopped run is continued, bit for bit, by refinedet train
+    --resume RUN. On several GPUs: torchrun --nproc-per-node N -m refinedet train ...
+
+    Args:
+        preset: Where the defaults come from; `refinedet models` lists the presets.
+        data: Folders or files of annotated images (Pascal VOC, COCO JSON or YOLO); several are trained on together.
+        out: Run folder for configuration, metrics, weights and checkpoints (default: runs/PRESET).
+        resume: Continue the training of this run folder; goes with no other flag but --device.
+        init_weights: ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download them,
+            or 'random'.
+        init: A detector to start from instead: a bundled model, a run folder, a folder of weights, or a hub id. Classes
+            are carried over by name.
+        class_names: Names separated by commas, in the order of their labels (default: those of the data).
+        device: cpu, cuda, mps, or auto (a GPU if there is one).
+        settings: Training.
+        model: Model.
+    """
+    if preset not in PRESETS:
+        raise UsageError(f"the preset comes first: refinedet train PRESET --data DATA; known: {', '.join(PRESETS)}")
+    if not data:
+        raise UsageError(f"nothing to train on: refinedet train {preset} --data DATA")
+    weights = _backbone_weights(init_weights)
+    if init is not None and init_weights != "torchvision":
+        raise UsageError("--init starts from a whole detector, --init-weights from a backbone: give one of them")
+    run_folder = Path("runs") / preset if out is None else user_path(out)
+
+    from refinedet.training.train import train
+
+    train(
+        Preset(model=model, train=settings, summary=PRESETS[preset].summary),
+        list(data),
+        out=run_folder,
+        backbone_weights=None if init is not None else weights,
+        class_names=class_names_in(class_names),
+        device=device,
+        init=init,
+    )
+    return _trained(run_folder)
+
+
+def resume_run(*, resume: Folder, device: Device = "auto") -> int:
+    """Continue a training with the settings of its run folder.
+
+    Args:
+        resume: Run folder.
+        device: cpu, cuda, mps, or auto (a GPU if there is one).
+    """
+    folder = user_path(resume)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such run folder")
+
+    from refinedet.training.train import resume as resume_training
+
+    resume_training(folder, device=device)
+    return _trained(folder)
+
+
+def _backbone_weights(given: str) -> Path | str:
+    if given in ("torchvision", "random"):
+        return given
+    path = user_path(given)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; --init-weights takes a file, 'torchvision' or 'random'")
+    return path
+
+
+def _trained(run_folder: Path) -> int:
+    # Under torchrun every process comes by here; one of them speaks.
+    if _is_first_process():
+        say(f"trained: {run_folder}  (try: refinedet predict {run_folder} photo.jpg --save drawn)")
+    return 0
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+@verb
+def ablate(
+    preset: PresetName = DEFAULT_PRESETS["ablate"],
+    /,
+    *,
+    data: DataPaths = (),
+    out: Folder = Path("runs/ablations"),
+    init_weights: Annotated[str, flag("FILE", None)] = "torchvision",
+    class_names: ClassNames = None,
+    device: Device = "auto",
+    settings: Training = TrainConfig(),  # noqa: B008
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+) -> int:
+    """Train and evaluate the four variants of the paper's Table 2 under equal conditions.
+
+    The flags are those of refinedet train; a preset may come first (default: voc07-320-vgg16). Each variant has its
+    run folder in --out. The same command given again goes on where it was stopped, and prints the table at the end.
+
+    Args:
+        preset: Where the defaults come from; `refinedet models` lists the presets.
+        data: Folders or files of annotated images (Pascal VOC, COCO JSON or YOLO); several are trained on together.
+        out: Folder for the run folders and table.md.
+        init_weights: ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download them,
+            or 'random'.
+        class_names: Names separated by commas, in the order of their labels (default: those of the data).
+        device: cpu, cuda, mps, or auto (a GPU if there is one).
+        settings: Training.
+        model: Model.
+    """
+    if preset not in PRESETS:
+        raise UsageError("the preset comes first: refinedet ablate PRESET --data DATA")
+    if not data:
+        raise UsageError("nothing to train on: refinedet ablate --data DATA")
+    weights, names, folder = _backbone_weights(init_weights), class_names_in(class_names), user_path(out)
+    chosen = Preset(model=model, train=settings, summary=PRESETS[preset].summary)
+
+    from refinedet.ablations import TABLE_FILE, TABLE_SIGNATURE, table
+    from refinedet.ablations import ablate as train_variants
+
+    check_output_folder(folder, [TABLE_FILE], ours=TABLE_SIGNATURE, inputs=data)
+    figures = train_variants(chosen, list(data), out=folder, backbone_weights=weights, class_names=names, device=device)
+    if _is_first_process():
+        text = table(figures, chosen)
+        write_text(folder / TABLE_FILE, f"<!-- {TABLE_SIGNATURE} -->\n\n{text}")
+        say(text.rstrip("\n"))
+    return 0
