@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class DrawnCopies:
     def _target(self, original: str, *, large: bool) -> Path:
         name = unquote(urlsplit(original).path) if is_address(original) else original
         path = Path(name.replace("\0", ""))
-        stem = path.stem.encode("utf-8", "surrogateescape")[:_LONGEST_STEM].decode("utf-8", "surrogateescape")
+        stem = os.fsdecode(path.stem.encode(sys.getfilesystemencoding(), "surrogateescape")[:_LONGEST_STEM])
         # Photographs stay JPEG; all others become PNG, which loses nothing and has no limit on its sides.
         ending = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif") and not large else ".png"
         number = 1

@@ -7,7 +7,7 @@ import io
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tyro
@@ -52,7 +52,8 @@ def parse(function: Callable[..., int], program: str, arguments: Sequence[str]) 
     """
 
     def refuse(event: tyro_errors.ParseErrorEvent) -> None:
-        raise UsageError(f"{_explanation(event, function)}; see {program} --help")
+        flags = re.findall(r"--[a-z][a-z0-9.-]*", _help(function, program))
+        raise UsageError(f"{_foreign(arguments, flags) or _explanation(event, flags)}; see {program} --help")
 
     with tyro_errors.on_parse_error(refuse):
         if not any(argument in ("-h", "--help") for argument in arguments):
@@ -73,12 +74,20 @@ def _help(function: Callable[..., int], program: str) -> str:
     return "\n".join(lines) + "\n" + frame + options
 
 
-def _explanation(event: tyro_errors.ParseErrorEvent, function: Callable[..., int]) -> str:
+def _foreign(arguments: Sequence[str], flags: Sequence[str]) -> str | None:
+    """What to write instead of the first flag of another program, if there is one."""
+    for name in (argument.split("=")[0] for argument in arguments):
+        if name in OTHER_PROGRAMS and name not in flags:
+            return f"unknown option '{name}': here it is {OTHER_PROGRAMS[name]}"
+    return None
+
+
+def _explanation(event: tyro_errors.ParseErrorEvent, flags: Sequence[str]) -> str:
     if isinstance(event, tyro_errors.UnrecognizedArgs):
-        return _unknown(event.tokens, re.findall(r"--[a-z][a-z0-9.-]*", _help(function, "")))
+        return _unknown(event.tokens, flags)
     if isinstance(event, tyro_errors.MissingArgs):
         if event.unrecognized_tokens:
-            return _unknown(event.unrecognized_tokens, re.findall(r"--[a-z][a-z0-9.-]*", _help(function, "")))
+            return _unknown(event.unrecognized_tokens, flags)
         return f"missing: {', '.join(_name(missing.arg) for missing in event.missing_arguments)}"
     if isinstance(event, tyro_errors.InvalidChoice):
         choices = ", ".join(f"'{choice}'" for choice in event.choices)
@@ -101,12 +110,10 @@ def _name(argument: Any) -> str:
     return str(flags[-1] if flags else (argument.lowered.metavar or argument.display_name()))
 
 
-def _unknown(tokens: Sequence[str], flags: Iterable[str]) -> str:
+def _unknown(tokens: Sequence[str], flags: Sequence[str]) -> str:
     option = next((token for token in tokens if token.startswith("-")), None)
     if option is None:
         return f"unexpected argument '{tokens[0]}'"
     name = option.split("=")[0]
-    if name in OTHER_PROGRAMS:
-        return f"unknown option '{name}': here it is {OTHER_PROGRAMS[name]}"
     hint = did_you_mean(name, flags)
     return f"unknown option '{name}'" + ("" if hint.startswith("known") else f": {hint}")

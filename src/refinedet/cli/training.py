@@ -34,11 +34,11 @@ SHORT_HELP = {
 
 Train a detector. PRESET sets the defaults of all options (refinedet models).
 
-  --data DATA...           folders or files of annotated images: Pascal VOC, COCO
-                           JSON or YOLO; several are trained on together
+  --data DATA...           folders or files of annotated images (Pascal VOC,
+                           COCO JSON or YOLO); several are joined
   --out FOLDER             run folder (default: runs/PRESET)
-  --init WEIGHTS           detector to start from: a bundled model, a run folder, a
-                           folder of weights or a hub id; classes go by name
+  --init WEIGHTS           detector to start from: a bundled model, a run
+                           folder, a folder of weights or a hub id
   --iterations INT         updates of the weights
   --batch-size INT         images per update
   --learning-rate FLOAT    rate of the weights at its highest
