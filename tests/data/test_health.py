@@ -122,6 +122,50 @@ def test_mosaic(voc_folder: FolderFactory, tmp_path: Path) -> None:
     report.write_mosaic(tmp_path / "all.png", columns=3, count=100)
 
 
+def test_a_mosaic_keeps_the_shape_of_every_image(tmp_path: Path) -> None:
+    """Green images of three shapes on a dark sheet: each is a full rectangle of its own shape, none is cropped."""
+    root = tmp_path / "own"
+    root.mkdir()
+    shapes = {"wide": (400, 100), "high": (90, 180), "square": (50, 50)}
+    for name, shape in shapes.items():
+        Image.new("RGB", shape, (0, 200, 0)).save(root / f"{name}.png")
+        (root / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename></annotation>")
+    report = inspect_dataset(root)
+    report.write_mosaic(tmp_path / "sheet.png", columns=2)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    green = (sheet[..., 1] > 150) & (sheet[..., 0] < 60)
+    seen = []
+    while green.any():
+        top, left = np.argwhere(green)[0]
+        height = int(np.argmin(np.append(green[top:, left], False)))
+        width = int(np.argmin(np.append(green[top, left:], False)))
+        assert green[top : top + height, left : left + width].all()
+        below = sheet[top + height : top + height + 22, left : left + width]
+        assert (below.min(axis=2) > 150).any(), "the file name is written below"
+        seen.append(width / height)
+        green[top : top + height, left : left + width] = False
+    assert sorted(seen) == pytest.approx(sorted(w / h for w, h in shapes.values()), rel=0.02)
+
+
+def test_splits_and_images_without_label_are_counted(voc_folder: FolderFactory) -> None:
+    root = voc_folder(images=10)
+    for index in (8, 9):
+        (root / "Annotations" / f"{index:06d}.xml").unlink()
+    for split in ("train", "val", "trainval", "test"):
+        list_file = root / "ImageSets" / "Main" / f"{split}.txt"
+        list_file.write_text("".join(line for line in list_file.open() if line.strip() not in ("000008", "000009")))
+    (root / "ImageSets/Main/void.txt").write_text("")
+    report = inspect_dataset(root)
+    assert report.splits == (("test", 4), ("train", 4), ("trainval", 8), ("val", 4), ("void", 0))
+    assert (report.images, report.images_without_objects, report.images_left_out) == (8, 1, 2)
+    rendered = report.render()
+    assert "splits             test 4, train 4, trainval 8, val 4, void 0\n" in rendered
+    assert "without objects         1   (10.0 % of the images)\n" in rendered
+    assert "left out                2   (20.0 % of the images)\n" in rendered
+    assert "2 images without an annotation left out\n" in rendered
+    assert "splits             test, train, trainval, val, void\n" in inspect_dataset(root, "train").render()
+
+
 def test_mosaic_that_cannot_be(voc_folder: FolderFactory, tmp_path: Path) -> None:
     root = voc_folder(images=1)
     report = inspect_dataset(root)

@@ -1,4 +1,4 @@
-"""The health check behind ``refinedet inspect``: what is in a data set, and what is wrong with it, file by file."""
+"""The health check behind ``refinedet inspect``: what is in a dataset, and what is wrong with it, file by file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from refinedet.data.layouts import open_dataset
-from refinedet.data.problems import REPEATED, UNREADABLE, Problem
+from refinedet.data.layouts import list_splits, open_dataset
+from refinedet.data.mosaic import draw_mosaic
+from refinedet.data.problems import NO_ANNOTATION, REPEATED, UNREADABLE, Problem, describe_kinds
 from refinedet.data.records import DetectionDataset
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import check_output
@@ -22,8 +22,6 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the sizes of boxes: smallest, 5%, quarter, median, three quarters, 95%, largest."""
 MOSAIC_SIGNATURE = "mosaic drawn by refinedet"
 """Stands in the file, so that a later mosaic may replace it."""
-_MOSAIC_SIDE = 480
-"""Longest side of a picture in the mosaic, in pixels: sixteen photos must stay one viewable file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class ClassCount:
     objects: int
     """Boxes, difficult and crowd ones included."""
     images: int
-    """Pictures with at least one of them."""
+    """Images with at least one of them."""
     difficult: int
     """Boxes with VOC's flag."""
     crowd: int
@@ -46,29 +44,33 @@ class HealthReport:
     """What ``inspect_dataset`` found."""
 
     path: Path
-    """The data set."""
+    """The dataset."""
     layout: str
     """Name of the layout of the files, such as "voc"."""
     split: str | None
     """None: everything."""
+    splits: tuple[tuple[str, int | None], ...]
+    """Names of all splits, with their numbers of images where everything is inspected; empty if there are none."""
     images: int
-    """Pictures with a usable annotation; unreadable ones included."""
+    """Images with a usable annotation; unreadable ones included."""
     boxes: int
     """Usable boxes."""
     images_without_objects: int
-    """Valid negatives."""
+    """Images that are annotated, or may be without a label file, and have no objects."""
+    images_left_out: int
+    """Images that are not used because they have no annotation."""
     classes: tuple[ClassCount, ...]
     """In label order."""
     box_sizes: tuple[float, ...]
     """``QUANTILES`` of sqrt(box area / image area); empty without boxes."""
     smallest_image: tuple[int, int] | None
-    """(width, height) of the picture with the fewest pixels; None without pictures."""
+    """(width, height) of the image with the fewest pixels; None without images."""
     largest_image: tuple[int, int] | None
-    """(width, height) of the picture with the most pixels; None without pictures."""
+    """(width, height) of the image with the most pixels; None without images."""
     duplicate_boxes: int
-    """Boxes that repeat another one of the same class in the same picture."""
+    """Boxes that repeat another one of the same class in the same image."""
     unreadable: tuple[Path, ...]
-    """Pictures that are truncated, damaged, or of another size than their annotation says."""
+    """Images that are truncated, damaged, or of another size than their annotation says."""
     problems: tuple[Problem, ...]
     """Every faulty box and file, by name; those of ``unreadable`` among them."""
     dataset: DetectionDataset = field(repr=False)
@@ -85,12 +87,18 @@ class HealthReport:
         lines = [
             title,
             f"images             {self.images:>8}",
-            f"  without objects  {self.images_without_objects:>8}",
+            f"  without objects  {self.images_without_objects:>8}{self._share(self.images_without_objects)}",
+            f"  left out         {self.images_left_out:>8}{self._share(self.images_left_out)}",
             f"  unreadable       {len(self.unreadable):>8}",
             f"boxes              {self.boxes:>8}",
             f"  duplicates       {self.duplicate_boxes:>8}",
-            f"problems           {len(self.problems):>8}",
+            f"problems           {sum(problem.count for problem in self.problems):>8}",
         ]
+        if self.problems:
+            lines.append(f"  that is          {describe_kinds(self.problems)}")
+        if self.splits:
+            counts = (name if count is None else f"{name} {count}" for name, count in self.splits)
+            lines.append(f"splits             {', '.join(counts)}")
         if self.smallest_image is not None and self.largest_image is not None:
             small, large = ("x".join(map(str, size)) for size in (self.smallest_image, self.largest_image))
             lines.append(f"image size         from {small} to {large}")
@@ -113,15 +121,24 @@ class HealthReport:
                 lines.append(f"  and {len(self.problems) - len(shown)} more")
         return "\n".join(lines)
 
+    def _share(self, images: int) -> str:
+        """How much of all images these are; nothing where there are none."""
+        every = self.images + self.images_left_out
+        return f"   ({100 * images / every:.1f} % of the images)" if images else ""
+
     def write_mosaic(self, path: str | Path, columns: int = 4, count: int = 16, seed: int = 0) -> None:
-        """Write one picture that shows ``count`` random pictures with their boxes drawn.
+        """Write one image that shows ``count`` random images with their boxes drawn and their file names below.
+
+        Args:
+            path: the file to write.
+            columns: photos of 4:3 in a row.
+            count: images to show.
+            seed: of the choice.
 
         Raises:
             UsageError: no image can be read, a number is not positive, or the file is there and no earlier mosaic.
             RefineDetError: the file cannot be written.
         """
-        from refinedet import draw  # Drawing is not needed to read data.
-
         check_output(Path(path), inputs=[self.path], ours=MOSAIC_SIGNATURE)
         if columns < 1 or count < 1:
             raise UsageError(f"a mosaic needs at least 1 column and 1 image, not {columns} and {count}")
@@ -130,13 +147,7 @@ class HealthReport:
         if not usable:
             raise UsageError(f"{self.path}: no readable image for a mosaic")
         chosen = np.random.default_rng(seed).permutation(len(usable))[:count]
-        tiles = []
-        for position in sorted(chosen):
-            record = self.dataset.records[usable[position]]
-            # Resized before drawing, so that lines and names come out sharp.
-            image, boxes = _fit(self.dataset.load_image(usable[position]), record.boxes)
-            tiles.append(draw.draw_boxes(image, boxes, record.labels, self.dataset.class_names))
-        sheet = draw.mosaic(tiles, columns, cell=_MOSAIC_SIDE)
+        sheet = draw_mosaic(self.dataset, [usable[position] for position in sorted(chosen)], columns)
         write_image(Path(path), sheet, MOSAIC_SIGNATURE)
 
 
@@ -147,17 +158,17 @@ def inspect_dataset(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> HealthReport:
-    """Read a data set leniently, decode every picture, and count.
+    """Read a dataset leniently, decode every image, and count.
 
     Args:
         path: as for ``open_dataset``.
         split: as for ``open_dataset``; None inspects all images.
         class_names: as for ``open_dataset``.
-        progress: called with (pictures done, pictures in all) after each picture.
+        progress: called with (images done, images in all) after each image.
 
     Raises:
-        UsageError: no data set at ``path``, unknown or empty split.
-        RefineDetError: the data set as a whole cannot be read, such as a COCO file that is no JSON.
+        UsageError: no dataset at ``path``, unknown or empty split.
+        RefineDetError: the dataset as a whole cannot be read, such as a COCO file that is no JSON.
     """
     dataset = open_dataset(path, split, class_names, strict=False)
     problems = list(dataset.problems)
@@ -186,9 +197,11 @@ def inspect_dataset(
         path=dataset.path,
         layout=dataset.layout,
         split=dataset.split,
+        splits=_count_splits(path, split, class_names),
         images=len(dataset),
         boxes=sum(len(record.labels) for record in dataset.records),
         images_without_objects=sum(len(record.labels) == 0 for record in dataset.records),
+        images_left_out=sum(problem.count for problem in problems if problem.kind == NO_ANNOTATION),
         classes=_count_classes(dataset),
         box_sizes=tuple(float(value) for value in np.quantile(relative, QUANTILES)) if len(relative) else (),
         smallest_image=min(sizes, key=lambda size: (size[0] * size[1], size), default=None),
@@ -222,12 +235,17 @@ def _count_classes(dataset: DetectionDataset) -> tuple[ClassCount, ...]:
     )
 
 
-def _fit(
-    image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    height, width = image.shape[:2]
-    scale = _MOSAIC_SIDE / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-    factors = np.array([size[0] / width, size[1] / height] * 2, dtype=np.float32)
-    return small, boxes * factors
+def _count_splits(
+    path: str | Path, split: str | None, class_names: Sequence[str] | None
+) -> tuple[tuple[str, int | None], ...]:
+    """Every split with its number of images, or only the names where a single split is looked at."""
+    counts: list[tuple[str, int | None]] = []
+    for name in list_splits(path):
+        if split is not None:
+            counts.append((name, None))
+            continue
+        try:
+            counts.append((name, len(open_dataset(path, name, class_names, strict=False))))
+        except RefineDetError:  # an empty list, say
+            counts.append((name, 0))
+    return tuple(counts)
