@@ -291,7 +291,8 @@ class RecordBuilder:
         clipped = np.clip(given, 0.0, limit).astype(np.float32)
         min_side = self._rules.min_side
         # Sides are compared in both precisions: one that vanishes in float32 has no area for anyone who comes later.
-        given_empty = np.any(given[:, 2:] - given[:, :2] <= min_side, axis=1)
+        with np.errstate(over="ignore"):  # corners near the largest number that a file can state
+            given_empty = np.any(given[:, 2:] - given[:, :2] <= min_side, axis=1)
         empty = given_empty | np.any(clipped[:, 2:] - clipped[:, :2] <= min_side, axis=1)
         reaches_out = np.any(np.abs(given - np.clip(given, 0.0, limit)) > self._rules.tolerance, axis=1)
         for index in np.flatnonzero(empty | reaches_out).tolist():

@@ -64,7 +64,7 @@ class VocFolder:
 
 def _is_list(entry: os.DirEntry[str]) -> bool:
     try:
-        return entry.name.endswith(".txt") and not entry.name.startswith(".") and entry.is_file()
+        return entry.name.lower().endswith(".txt") and not entry.name.startswith(".") and entry.is_file()
     except OSError:  # a link that leads to itself
         return False
 
