@@ -153,6 +153,12 @@ def test_a_class_name_is_one_line(tmp_path: Path) -> None:
     assert read.names == {1: "traffic light 31m"}
 
 
+def test_a_class_name_of_many_letters(tmp_path: Path) -> None:
+    with pytest.raises(FaultyFileError, match="object 1: its name has 5000 letters") as caught:
+        parse_objects(tmp_path, f"<object><name>{'x' * 5000}</name>{BOX}</object>")
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("size", ["1e200", "1e400", "nan", "-5", "0", "x", "2000000"])
 def test_a_size_that_cannot_be_true(tmp_path: Path, size: str) -> None:
     text = f"<annotation><size><width>{size}</width><height>9</height></size></annotation>"

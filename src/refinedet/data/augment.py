@@ -1,7 +1,7 @@
 """Augmentation: the official code's sampling law, and one resampling that draws what the law has decided.
 
 The law (``sample_geometry``, ``sample_photometric``) looks at boxes and sizes only. The pixels (``render``) are touched
-once: the region that expansion and crop have chosen is cut out of the picture and warped straight to the network's
+once: the region that expansion and crop have chosen is cut out of the image and warped straight to the network's
 size. Order of the law: photometric, expand, crop, warp, flip (official code: annotated_data_layer.cpp:147-232).
 """
 
@@ -31,25 +31,25 @@ PHOTOMETRIC_PROBABILITY = 0.5
 """Chance of each of the four distortions."""
 CROP_MIN_OVERLAPS = (0.1, 0.3, 0.5, 0.7, 0.9, None)
 """Overlap that a crop must have with at least one target: one sampler each; the last takes any crop. The seventh
-sampler is the whole picture."""
+sampler is the whole image."""
 CROP_TRIALS = 50
 """Crops that a sampler tries before it gives up."""
 CROP_SCALE = (0.3, 1.0)
 """Root of the crop's share of the area."""
 CROP_ASPECT = (0.5, 2.0)
-"""Width / height of a crop relative to the picture's; narrowed to [scale^2, 1 / scale^2] so that the crop fits."""
+"""Width / height of a crop relative to the image's; narrowed to [scale^2, 1 / scale^2] so that the crop fits."""
 MOSAIC_CENTRE = (0.3, 0.7)
-"""Where four pictures meet: uniform between these, in shares of the width and of the height."""
+"""Where four images meet: uniform between these, in shares of the width and of the height."""
 MIXUP_BETA = 8.0
-"""The share of the first of two mixed pictures: Beta(8, 8), near one half, so that the objects of both can be seen."""
+"""The share of the first of two mixed images: Beta(8, 8), near one half, so that the objects of both can be seen."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Which part of a picture becomes the network's input."""
+    """Which part of an image becomes the network's input."""
 
     region: tuple[float, float, float, float]
-    """xyxy in pixels of the picture; what lies outside the picture is filled."""
+    """xyxy in pixels of the image; what lies outside the image is filled."""
     flip: bool
     """Mirror the result."""
     interpolation: Interpolation
@@ -85,16 +85,16 @@ def sample_geometry(
 ) -> Geometry:
     """Draw expansion, crop, flip and interpolation.
 
-    * Expansion, with ``expand_probability``: a canvas of U(1, ``expand_ratio``) times the sides, the picture at a
+    * Expansion, with ``expand_probability``: a canvas of U(1, ``expand_ratio``) times the sides, the image at a
       random whole pixel of it.
     * Crop: seven samplers, each of up to 50 crops of the canvas, six of them wanting an overlap with at least one
       target (``CROP_MIN_OVERLAPS``); one of the crops found is picked, the whole canvas being always among them.
 
     Args:
         rng: source of randomness; equal states give equal results.
-        width: of the picture in pixels.
-        height: of the picture in pixels.
-        boxes: (G, 4) targets, xyxy in pixels of the picture; difficult ones included.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        boxes: (G, 4) targets, xyxy in pixels of the image; difficult ones included.
         config: probabilities.
     """
     x, y, canvas_width, canvas_height = 0.0, 0.0, float(width), float(height)
@@ -147,15 +147,15 @@ def _first_crop(
 def transform_boxes(
     boxes: FloatArray, geometry: Geometry, size: tuple[int, int]
 ) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """Carry targets over to the rendered picture.
+    """Carry targets over to the rendered image.
 
     Args:
-        boxes: (G, 4) xyxy in pixels of the picture.
+        boxes: (G, 4) xyxy in pixels of the image.
         geometry: what was drawn.
-        size: height and width of the rendered picture.
+        size: height and width of the rendered image.
 
     Returns:
-        (K, 4) xyxy in pixels of the rendered picture, clipped to it, and the (G,) mask of the K targets kept: those
+        (K, 4) xyxy in pixels of the rendered image, clipped to it, and the (G,) mask of the K targets kept: those
         whose centre lies in the region (official emit constraint CENTER).
     """
     height, width = size
@@ -182,9 +182,9 @@ def render(
     Args:
         image: (H, W, 3) uint8 RGB.
         geometry: region, flip, interpolation.
-        photometric: applied to the picture, not to the filling.
+        photometric: applied to the image, not to the filling.
         size: height and width of the result.
-        fill: RGB colour in 0..255 of what lies outside the picture: the mean of the model's input.
+        fill: RGB colour in 0..255 of what lies outside the image: the mean of the model's input.
 
     Returns:
         (height, width, 3) uint8 RGB.
@@ -192,7 +192,7 @@ def render(
     height, width = size
     left, top, right, bottom = geometry.region
     scale_x, scale_y = width / (right - left), height / (bottom - top)
-    # Whole pixels of the result that the picture covers, and the exact part of the picture that covers them.
+    # Whole pixels of the result that the image covers, and the exact part of the image that covers them.
     x1, x2 = max(0, math.ceil(-left * scale_x - 1e-6)), min(width, math.floor((image.shape[1] - left) * scale_x + 1e-6))
     y1, y2 = max(0, math.ceil(-top * scale_y - 1e-6)), min(height, math.floor((image.shape[0] - top) * scale_y + 1e-6))
     colour = tuple(round(value) for value in fill)
@@ -212,7 +212,7 @@ def render(
 
 
 def _resample(
-    picture: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], law: Interpolation
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int], law: Interpolation
 ) -> Image.Image:
     if law in ("area", "lanczos", "nearest"):
         kernel = {
@@ -220,15 +220,15 @@ def _resample(
             "lanczos": Image.Resampling.LANCZOS,
             "nearest": Image.Resampling.NEAREST,
         }[law]
-        return picture.resize(size, kernel, box=box)
+        return image.resize(size, kernel, box=box)
     # transform() samples between neighbouring pixels and does not average when it shrinks, as OpenCV's kernels do;
     # resize() would antialias.
     sampling = Image.Resampling.BILINEAR if law == "linear" else Image.Resampling.BICUBIC
-    return picture.transform(size, Image.Transform.EXTENT, box, sampling)
+    return image.transform(size, Image.Transform.EXTENT, box, sampling)
 
 
 def sample_mosaic(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Draw the point where four pictures meet.
+    """Draw the point where four images meet.
 
     Args:
         rng: source of randomness.
@@ -244,7 +244,7 @@ def sample_mosaic(rng: np.random.Generator, size: tuple[int, int]) -> list[tuple
 
 
 def mix(first: ByteArray, second: ByteArray, share: float) -> ByteArray:
-    """Lay two pictures over each other.
+    """Lay two images over each other.
 
     Args:
         first: (H, W, 3) uint8.
@@ -257,17 +257,17 @@ def mix(first: ByteArray, second: ByteArray, share: float) -> ByteArray:
     return np.asarray(Image.blend(Image.fromarray(second), Image.fromarray(first), share))
 
 
-def distort(picture: Image.Image, photometric: Photometric) -> Image.Image:
-    """Apply colour distortions to an RGB picture, saturating at 0 and 255 after each, as the official uint8 code does.
+def distort(image: Image.Image, photometric: Photometric) -> Image.Image:
+    """Apply colour distortions to an RGB image, saturating at 0 and 255 after each, as the official uint8 code does.
 
     The hue saturates at 0 and wraps at 360 degrees, the behaviour of OpenCV's 8-bit hue.
     """
     levels = np.arange(256, dtype=np.float64)
     for name, strength in photometric.steps:
         if name == "brightness":
-            picture = picture.point(_table(levels + strength) * 3)
+            image = image.point(_table(levels + strength) * 3)
         elif name == "contrast":
-            picture = picture.point(_table(levels * strength) * 3)
+            image = image.point(_table(levels * strength) * 3)
         else:
             hue = saturation = levels
             if name == "saturation":
@@ -276,8 +276,8 @@ def distort(picture: Image.Image, photometric: Photometric) -> Image.Image:
                 # Pillow's hue has 256 steps for 360 degrees.
                 hue = np.mod(np.maximum(levels + strength * 256 / 360, 0), 256)
             tables = _table(hue) + _table(saturation) + _table(levels)
-            picture = picture.convert("HSV").point(tables).convert("RGB")
-    return picture
+            image = image.convert("HSV").point(tables).convert("RGB")
+    return image
 
 
 def _table(values: npt.NDArray[np.float64]) -> list[int]:

@@ -17,6 +17,7 @@ from xml.etree.ElementTree import ParseError
 from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
+from refinedet.data.classes import fault_of_name
 from refinedet.data.problems import NO_BOX, ODD_VALUE, SECOND_BOX, FaultyFileError, ProblemKind
 
 if TYPE_CHECKING:
@@ -182,6 +183,9 @@ def _parse_object(annotation: VocAnnotation, index: int, item: Element) -> None:
     name = clean_name(item.findtext("name") or "")
     if not name:
         raise FaultyFileError(annotation.path, f"object {index} has no class name; add its <name>")
+    fault = fault_of_name(name)
+    if fault is not None:
+        raise FaultyFileError(annotation.path, f"object {index}: its name {fault}")
     annotation.names[index] = name
     difficult = _parse_flag(annotation, index, item)
     boxes = []
