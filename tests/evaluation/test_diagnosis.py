@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from oracles import iou
-from refinedet.evaluation.diagnosis import Diagnosis
+from refinedet.evaluation.diagnosis import Diagnosis, best_f1
 from refinedet.evaluation.diagnosis import diagnose as diagnose_outcomes
 from refinedet.evaluation.metrics import voc_average_precision
 from refinedet.evaluation.outcomes import ERRORS, Outcome, match_objects
@@ -210,6 +210,22 @@ def test_repairs_do_not_find_an_object_twice() -> None:
 def test_a_class_of_which_nothing_is_found_stays_at_zero() -> None:
     result = one(found((HERE, CAT, 0.9)), objects((HERE, CAT), (AWAY, DOG)))
     assert result.mean_ap == result.repaired_missed == pytest.approx(1 / 2)
+
+
+def test_threshold_of_the_best_f1() -> None:
+    """Cat: hit, hit, wrong, hit; three of four objects found. F1 2/5, 4/6, 4/7, 6/8: all four are kept."""
+    far = [(1000 * k, 0, 1000 * k + 100, 100) for k in range(1, 5)]
+    detections = found((far[0], CAT, 0.9), (far[1], CAT, 0.8), (AWAY, CAT, 0.7), (far[2], CAT, 0.5), (HERE, DOG, 0.3))
+    targets = objects(*((box, CAT) for box in far), (AWAY, DOG))
+    thresholds, f1 = best_f1(match_objects([detections], [targets], 3))
+    assert f1[:2].tolist() == pytest.approx([6 / 8, 0])
+    assert thresholds[0] == pytest.approx(0.5)
+    assert np.isnan(thresholds[1:]).all()
+    assert np.isnan(f1[2])
+    # A threshold cannot part detections of equal score: at 0.7 the wrong one is in as well.
+    tied = found((far[0], CAT, 0.9), (far[1], CAT, 0.7), (AWAY, CAT, 0.7), (AWAY, CAT, 0.6))
+    thresholds, f1 = best_f1(match_objects([tied], [objects(*((box, CAT) for box in far[:2]))], 3))
+    assert (thresholds[0], f1[0]) == pytest.approx((0.7, 4 / 5))
 
 
 def test_sizes() -> None:

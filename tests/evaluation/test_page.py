@@ -22,6 +22,7 @@ from refinedet.evaluation.gallery import FOUND, GOOD_IMAGES, IGNORED, MISSED, WO
 from refinedet.evaluation.page import write_page
 from refinedet.evaluation.report import Report
 from refinedet.evaluation.settings import EvaluationSettings, LeftOut
+from refinedet.provenance import Provenance
 
 FolderFactory = Callable[..., Path]
 NAMES = ("<b>&", "otter")
@@ -323,3 +324,34 @@ def test_a_folder_that_cannot_be_made(dataset: DetectionDataset, tmp_path: Path)
     (tmp_path / "file").write_text("")
     with pytest.raises(RefineDetError, match=r"file.*cannot be"):
         write_page(report_of(dataset, moved(dataset, shift=200)), tmp_path / "file")
+
+
+def test_where_it_comes_from(dataset: DetectionDataset, tmp_path: Path) -> None:
+    made = Provenance("1.2.3", "2.9", "cuda:0", "refinedet evaluate 'a b' <data>", "2030-01-02T03:04:05+00:00")
+    settings = EvaluationSettings(
+        weights="runs/a\x1b[2J", run="runs/a", trained_on=2, provenance=made, seconds_per_image=0.5
+    )
+    report = evaluate_detections(dataset, moved(dataset, shift=9), "coco", settings=settings)
+    text = read(write_page(report, tmp_path)).text
+    for fact in (
+        r"runs/a\x1b[2J", "2 of these 6 images were trained on (runs/a)", "refinedet evaluate 'a b' <data>",
+        "2030-01-02 03:04:05 UTC", "refinedet 1.2.3, torch 2.9, data " + dataset.digest()[:12],
+        "0.500 s per image (cuda:0)",
+        "AP50 %", f"{100 * report['AP50']:.1f}", "threshold",
+    ):  # fmt: skip
+        assert fact in text, fact
+
+
+def test_odd_names_are_harmless(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    names = ("a\nb\x1b[31m", "\udcff<i>")
+    data = replace(
+        open_dataset(voc_folder(class_names=("lynx", "otter")), "trainval", ("lynx", "otter")), class_names=names
+    )
+    report = report_of(data, moved(data, shift=9))
+    reader = read(write_page(report, report.save(tmp_path)))
+    table = report.table()
+    for text in (reader.text, table, (tmp_path / "per_class.csv").read_text()):
+        assert r"a\nb\x1b[31m" in text
+        assert r"\udcff<i>" in text
+        assert "\x1b" not in text
+    assert len(table.splitlines()) == 4

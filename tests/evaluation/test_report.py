@@ -397,6 +397,32 @@ def test_decoding_stays_a_few_batches_ahead() -> None:
     assert most_ahead <= 4 + 2 * 4
 
 
+def test_large_images_are_held_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels held are bounded, not images: batches shrink, and none is decoded ahead."""
+    monkeypatch.setattr(evaluate_module, "_PIXELS_AT_ONCE", 100)
+    one = Record(
+        Path("none.jpg"), "none", 8, 8, np.array([[0, 0, 8, 8]], np.float32), np.zeros(1, np.int64),
+        np.zeros(1, bool), np.zeros(1, bool), np.array([64], np.float32),
+    )  # fmt: skip
+    dataset = CountingDataset([one] * 20, ("thing",), "voc", None, Path("nowhere"))
+    answers = [Detections([[0, 0, 8, 8]], [0.5], [0], ("thing",), (8, 8))] * 20  # type: ignore[arg-type]
+    most = 0
+
+    class Watcher(ToldDetector):
+        def predict_arrays(
+            self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None
+        ) -> list[Detections]:
+            nonlocal most
+            most = max(most, dataset.loaded - len(self.seen))
+            return super().predict_arrays(images, threshold=threshold)
+
+    model = Watcher(answers, ("thing",))
+    assert evaluate(model, dataset, batch_size=8)["mAP"] == 1
+    assert set(model.batches) == {1}
+    assert most == 1
+    assert [int(image[0, 0, 0]) for image in model.seen] == list(range(20))
+
+
 def test_report_is_a_mapping_without_torch(voc_folder: FolderFactory) -> None:
     dataset = open_dataset(voc_folder(images=2, class_names=NAMES), "trainval")
     report = evaluate_detections(dataset, right_answers(dataset))

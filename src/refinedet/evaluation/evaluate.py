@@ -28,9 +28,11 @@ from refinedet.evaluation.metrics import coco_average_precision, voc_result
 from refinedet.evaluation.multiscale import Form, MultiScale
 from refinedet.evaluation.outcomes import match_objects
 from refinedet.evaluation.report import METRICS, Metric, Report
+from refinedet.evaluation.run_data import RunData, find_run
 from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.evaluation.sharing import check_class_names, share_classes
 from refinedet.provenance import Provenance
+from refinedet.text import printable
 
 if TYPE_CHECKING:
     from refinedet.detections import Detections
@@ -49,9 +51,9 @@ _log = logging.getLogger(__name__)
 
 def evaluate(
     model: Detector | str | Path,
-    data: str | Path | DetectionDataset,
+    data: str | Path | DetectionDataset | None = None,
     split: str | None = None,
-    metric: Metric = "voc07",
+    metric: Metric | None = None,
     *,
     batch_size: int = 8,
     limit: int | None = None,
@@ -67,11 +69,13 @@ def evaluate(
     Args:
         model: a ``RefineDet``, or what ``RefineDet.from_pretrained`` loads: the name of a bundled model, a run folder,
             a folder of weights. Its class names must be those of the data, unless ``shared_classes`` is set.
-        data: a folder or file that ``open_dataset`` understands, or a dataset already open.
+        data: a folder or file that ``open_dataset`` understands, or a dataset already open. Default: the images that
+            the run held out, if ``model`` is a run folder.
         split: which split of ``data``; "all" takes every image. Default: "test" or, where there is none, "val"; every
             image of data that is not divided. Of no effect if ``data`` is already open.
         metric: "voc07" (11-point AP of VOC 2007), "voc" (area AP of VOC 2010 and later) or "coco" (the twelve
-            numbers). Any of them works on any data: difficult and crowd objects never count and never punish.
+            numbers). Any of them works on any data: difficult and crowd objects never count and never punish. Default:
+            the run's own for the images that it held out, else "voc07".
         batch_size: images that go through the network at once.
         limit: only the first so many images.
         threads: that decode images ahead of the network; memory does not grow with the data.
@@ -94,9 +98,15 @@ def evaluate(
         UsageError: an unknown metric, a missing folder, a batch size, limit or number of threads below 1, or
             multi-scale testing of a model of another size.
     """
-    _check_metric(metric)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
+    run = _run_of(model)
+    if data is None:
+        if run is None:
+            raise UsageError("DATA is missing: only a run folder knows which images it held out")
+        data, metric = run.held_out(), metric or run.metric
+    metric = metric or "voc07"
+    _check_metric(metric)
     detector, weights = _load(model, device)
     runner: Detector = detector
     passes: tuple[str, ...] = ()
@@ -114,9 +124,7 @@ def evaluate(
         runner, dataset, left_out = shared, shared.dataset, shared.left_out
     else:
         check_class_names(dataset, detector.class_names)
-    repaired = dataset.repaired()
-    if repaired:
-        _log.warning("%s: repaired while reading: %s", dataset.path, repaired)
+    _report_repairs(dataset)
     indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
     # Before the hour of inference, not after it.
     _check_objects(dataset, indices)
@@ -133,10 +141,24 @@ def evaluate(
         multi_scale=multi_scale,
         passes=passes,
         left_out=left_out,
+        run="" if run is None else str(run.folder),
+        trained_on=None if run is None else run.count_trained_on(dataset, indices),
         seconds_per_image=(time.perf_counter() - began) / max(1, len(indices)),
         provenance=Provenance.now(getattr(detector, "device", "")),
     )
     return evaluate_detections(dataset, detections, metric, settings=settings)
+
+
+def _run_of(model: Detector | str | Path) -> RunData | None:
+    folder = find_run(model) if isinstance(model, (str, Path)) else None
+    return None if folder is None else RunData.of(folder)
+
+
+def _report_repairs(dataset: DetectionDataset) -> None:
+    """One line on what reading repaired."""
+    repaired = dataset.repaired()
+    if repaired:
+        _log.warning("%s: repaired while reading: %s", dataset.path, printable(repaired))
 
 
 def _load(model: Detector | str | Path, device: str) -> tuple[Detector, str]:

@@ -173,6 +173,36 @@ def average_precision_of_hits(hits: npt.NDArray[np.int64], positives: int, metho
     return float((steps * envelope[:-1]).sum() / positives)
 
 
+def weighted_average_precision(outcomes: Outcomes, weights: Floats, positives: Floats, method: VocMethod) -> Floats:
+    """VOC's average precision where every detection and object counts a number of times, for bootstrap samples.
+
+    Args:
+        outcomes: what ``outcomes.match_objects`` returned.
+        weights: (D,) how often each detection counts.
+        positives: (C,) objects of each class, counted as often.
+        method: "11-point" or "area".
+
+    Returns:
+        (C,) nan for a class without objects.
+    """
+    best_first = np.argsort(-outcomes.scores, kind="stable")
+    best_first = best_first[outcomes.counts[best_first] & (weights[best_first] > 0)]
+    labels, right = outcomes.labels[best_first], outcomes.right[best_first]
+    result = np.full(outcomes.num_classes, np.nan)
+    for label in np.flatnonzero(positives > 0):
+        own = labels == label
+        weight = weights[best_first[own]]
+        gains = weight * right[own]
+        hits = np.cumsum(gains)
+        precision = hits / np.cumsum(weight)
+        envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+        if method == "11-point":
+            result[label] = envelope[np.searchsorted(hits / positives[label], _ELEVEN_RECALLS)].mean()
+        else:
+            result[label] = (gains * envelope[:-1]).sum() / positives[label]
+    return result
+
+
 def interpolate_precision(precision: npt.NDArray[np.float64], recall: npt.NDArray[np.float64]) -> Floats:
     """Precision at ``CURVE_RECALLS``: the best at this recall or beyond, 0 where it is never reached.
 

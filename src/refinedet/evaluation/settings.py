@@ -60,5 +60,5 @@ class EvaluationSettings:
     """Program, machine, command and time."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; ``config.from_dict(EvaluationSettings, ...)`` gives it back."""
+        """Ready for JSON; ``dataclass_json.from_dict(EvaluationSettings, ...)`` gives it back."""
         return to_dict(self)

@@ -1,0 +1,176 @@
+"""Two runs side by side: settings that differ, and average precision on the images that both held out.
+
+Both reports are read from the run folders (``report/detections.json``) and the images from the data of the first run,
+so nothing is predicted again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from refinedet.data import DetectionDataset
+from refinedet.detections import Detections
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.evaluation.metrics import VocMethod, mean_of_defined, weighted_average_precision
+from refinedet.evaluation.outcomes import Outcomes, match_objects
+from refinedet.evaluation.report import DETECTIONS_FILE
+from refinedet.evaluation.run_data import RunData
+from refinedet.files import read_json, user_path
+from refinedet.text import printable
+from refinedet.training.run import REPORT_FOLDER
+
+SAMPLES = 500
+"""Times that the images are drawn anew for the intervals."""
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What ``compare`` found; AP is that at IoU 0.5."""
+
+    runs: tuple[str, str]
+    """The two run folders."""
+    images: int
+    """Images that both held out."""
+    settings: dict[str, tuple[Any, Any]]
+    """Settings that differ, by their name in config.json, and their two values."""
+    class_names: tuple[str, ...]
+    """Classes of both."""
+    average_precision: _Floats
+    """(2, C) AP at IoU 0.5 of each run; nan for a class without objects."""
+    interval: _Floats
+    """(2, C + 1) 2.5th and 97.5th percentile of the difference of the second from the first; the last is the mean's."""
+
+    def table(self) -> str:
+        """The settings that differ, then a line for each class and the mean, in percent."""
+        lines = []
+        if self.settings:
+            lines.append("settings that differ:")
+            width = max(len(name) for name in self.settings)
+            lines += [f"  {name:<{width}}  {one} -> {other}" for name, (one, other) in self.settings.items()]
+        else:
+            lines.append("settings: the same")
+        width = max(len("class"), *(len(printable(name)) for name in self.class_names))
+        lines.append(f"AP at IoU 0.5 on {self.images} images that both held out, 95 % intervals by bootstrap:")
+        lines.append(f"{'class':<{width}}  {'first':>6}  {'second':>6}  {'difference':>10}  interval")
+        means = [mean_of_defined(row) for row in self.average_precision]
+        rows = [*zip(self.class_names, *self.average_precision.tolist(), strict=True), ("mean", *means)]
+        for (name, one, other), (low, high) in zip(rows, self.interval.T.tolist(), strict=True):
+            if math.isnan(one):
+                lines.append(f"{printable(name):<{width}}  {'n/a':>6}  {'n/a':>6}")
+                continue
+            lines.append(
+                f"{printable(name):<{width}}  {100 * one:6.2f}  {100 * other:6.2f}  {100 * (other - one):+10.2f}  "
+                f"{100 * low:+.2f} to {100 * high:+.2f}"
+            )
+        return "\n".join(lines)
+
+
+def compare(first: str | Path, second: str | Path, *, samples: int = SAMPLES, seed: int = 0) -> Comparison:
+    """Compare two runs that evaluated on some images in common.
+
+    Args:
+        first: run folder with a report.
+        second: another one.
+        samples: times that the images are drawn with replacement for the intervals.
+        seed: of these draws.
+
+    Raises:
+        UsageError: a folder is no run, or has no report.
+        RefineDetError: no image or class is shared, or a file is bad.
+    """
+    runs = [RunData.of(user_path(folder)) for folder in (first, second)]
+    datasets = [run.held_out() for run in runs]
+    names = datasets[0].class_names
+    if names != datasets[1].class_names:
+        raise RefineDetError(f"{runs[1].folder}: its classes differ from those of {runs[0].folder}")
+    position = [{record.image_path.resolve(): index for index, record in enumerate(d.records)} for d in datasets]
+    shared = [path for path in position[0] if path in position[1]]
+    if not shared:
+        raise RefineDetError(f"{runs[0].folder} and {runs[1].folder} held out no image in common")
+    outcomes = []
+    for run, dataset, index in zip(runs, datasets, position, strict=True):
+        by_id = _saved_detections(run, dataset)
+        records = [dataset[index[path]] for path in shared]
+        outcomes.append(match_objects([by_id[record.image_id] for record in records], records, len(names)))
+    method: VocMethod = "11-point" if runs[0].metric == "voc07" else "area"
+    whole = np.ones(len(shared))
+    average_precision = np.stack([_weighted(one, whole, method) for one in outcomes])
+    rng = np.random.default_rng(seed)
+    differences = np.empty((samples, len(names) + 1))
+    for row in differences:
+        weights = np.bincount(rng.integers(0, len(shared), len(shared)), minlength=len(shared)).astype(np.float64)
+        drawn = np.stack([_weighted(one, weights, method) for one in outcomes])
+        row[:-1] = drawn[1] - drawn[0]
+        row[-1] = mean_of_defined(drawn[1]) - mean_of_defined(drawn[0])
+    defined = np.append(~np.isnan(average_precision[0]), True)
+    interval = np.full((2, len(names) + 1), np.nan)
+    # A class may have no object in a draw; such draws say nothing about it.
+    interval[:, defined] = np.nanpercentile(differences[:, defined], [2.5, 97.5], axis=0)
+    return Comparison(
+        runs=(str(runs[0].folder), str(runs[1].folder)),
+        images=len(shared),
+        settings=_differences(*(run.config for run in runs)),
+        class_names=names,
+        average_precision=average_precision,
+        interval=interval,
+    )
+
+
+def _saved_detections(run: RunData, dataset: DetectionDataset) -> dict[int | str, Detections]:
+    """Image id to the detections that the run's last evaluation saved; images without any are empty."""
+    path = run.folder / REPORT_FOLDER / DETECTIONS_FILE
+    if not path.is_file():
+        raise UsageError(f"{run.folder}: has no report ({path.name} is missing); it is written when a training ends")
+    label_of = {number: label for label, number in enumerate(dataset.category_ids or range(len(dataset.class_names)))}
+    rows: dict[int | str, list[Any]] = {record.image_id: [] for record in dataset.records}
+    try:
+        for item in read_json(path):
+            x, y, width, height = item["bbox"]
+            box = (x, y, x + width, y + height)
+            rows[item["image_id"]].append((box, item["score"], label_of[item["category_id"]]))
+    except (KeyError, TypeError, ValueError):
+        raise RefineDetError(f"{path}: does not fit the images and classes of the run's data") from None
+    return {
+        record.image_id: Detections(
+            [row[0] for row in rows[record.image_id]],  # type: ignore[arg-type]
+            [row[1] for row in rows[record.image_id]],  # type: ignore[arg-type]
+            [row[2] for row in rows[record.image_id]],  # type: ignore[arg-type]
+            dataset.class_names,
+            (record.width, record.height),
+        )
+        for record in dataset.records
+    }
+
+
+def _weighted(outcomes: Outcomes, weights: _Floats, method: VocMethod) -> _Floats:
+    """(C,) AP where image n stands ``weights[n]`` times in the data."""
+    of_detection = np.repeat(weights, np.diff(outcomes.detection_bounds))
+    of_object = np.repeat(weights, np.diff(outcomes.object_bounds)) * ~outcomes.object_ignored
+    counted = np.bincount(outcomes.object_labels, weights=of_object, minlength=outcomes.num_classes)
+    positives = counted.astype(np.float64)
+    return weighted_average_precision(outcomes, of_detection, positives, method)
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Flat names of values that differ, and both values."""
+    one, other = (dict(_flat(config)) for config in (first, second))
+    names = dict.fromkeys([*one, *other])
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}".removeprefix("preset."), value))
+    return rows
