@@ -1,4 +1,4 @@
-"""Fixtures for all tests: the real data beside the checkout, and tiny synthetic data sets in each layout.
+"""Fixtures for all tests: the real data beside the checkout, and tiny synthetic datasets in each layout.
 
 Every synthetic picture is a dark noisy ground with bright rectangles, one colour per class, so that a detector can
 learn them in a few iterations. Boxes have integer corners, so they survive every layout without loss.

@@ -132,6 +132,15 @@ def test_split_files_with_folders_in_their_lines(tmp_path: Path) -> None:
     assert [problem.kind for problem in dataset.problems] == [LISTED_TWICE]
 
 
+def test_split_files_right_below_image_sets(tmp_path: Path) -> None:
+    root = build(
+        tmp_path / "own", "xml/a.xml", "xml/b.xml", "img/a.jpg", "img/b.jpg",
+        texts={"ImageSets/train.txt": "a\n", "ImageSets/val.txt": "b\n"},
+    )  # fmt: skip
+    assert list_splits(root) == ("train", "val")
+    assert images_of(open_dataset(root, "val")) == ["img/b.jpg"]
+
+
 def test_the_filename_decides_between_images_of_one_stem(tmp_path: Path) -> None:
     texts = {"Annotations/g.xml": xml("g.jpg", "cat"), "Annotations/h.xml": xml("g.png", "dog")}
     root = build(tmp_path / "own", "JPEGImages/g.jpg", "JPEGImages/g.png", texts=texts)
@@ -215,6 +224,13 @@ def test_names_that_no_file_can_have(tmp_path: Path, voc_folder: FolderFactory, 
     with pytest.raises(FaultyFileError, match="no such annotation") as caught_entry:
         open_dataset(root, "odd")
     assert len(str(caught_entry.value)) < 700
+
+
+def test_a_split_of_another_line(voc_folder: FolderFactory) -> None:
+    with pytest.raises(UsageError, match="no split ") as caught:
+        open_dataset(voc_folder(), "a\nb" + "x" * 5000)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("names", ["cat", ["cat", 3], ["a\nb"], ["\ud800"], [""], [None]])

@@ -172,7 +172,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-_PART = re.compile(r"(?P<whole>[^\[\]]*)\[(?P<first>-?\d+%?)?:(?P<last>-?\d+%?)?\]")
+_PART = re.compile(r"(?P<whole>[^\[\]]*)\[(?P<first>-?\d{1,18}%?)?:(?P<last>-?\d{1,18}%?)?\]")
 
 
 def _split_part(split: str | None) -> tuple[str | None, tuple[str | None, str | None] | None]:
@@ -182,7 +182,8 @@ def _split_part(split: str | None) -> tuple[str | None, tuple[str | None, str | 
     match = _PART.fullmatch(split)
     if match is None:
         raise UsageError(
-            f"split '{split}': a part is written as [first:last] at the end, in images or percent: 'train[:80%]'"
+            f"split {short_repr(split)}: a part is written as [first:last] at the end, in images or percent, as in "
+            "'train[:80%]'"
         )
     return match["whole"], (match["first"], match["last"])
 

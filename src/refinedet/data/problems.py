@@ -163,7 +163,9 @@ def describe_kinds(problems: Iterable[Problem], most: int | None = None) -> str:
 def unknown_split(path: Path, split: str, available: Iterable[str]) -> UsageError:
     """The error for a split that is not there, listing those that are."""
     known = ", ".join(available)
-    return UsageError(f"{path}: no split '{split}'; " + (f"available: {known}" if known else "it has no splits"))
+    return UsageError(
+        f"{path}: no split {short_repr(split)}; " + (f"available: {known}" if known else "it has no splits")
+    )
 
 
 def unknown_class(path: Path, name: str, known: Sequence[str], where: str = "") -> FaultyFileError:

@@ -26,7 +26,7 @@ class Record:
     image_path: Path
     """The image file."""
     image_id: str | int
-    """VOC and YOLO: the file's stem; COCO: the integer id of the JSON."""
+    """VOC and YOLO: the stem of the file, with folder or year where another image has the same; COCO: the JSON id."""
     width: int
     """Width in pixels that the boxes refer to."""
     height: int

@@ -35,7 +35,7 @@ class VocFolder:
     images: Path
     """Where its images are expected."""
     sets: Path
-    """Where its split files are expected."""
+    """Where its split files lie: ImageSets/Main, or ImageSets where only that is there."""
     loose: bool = False
     """True: recognised only by the XML files somewhere in it."""
 
@@ -93,7 +93,7 @@ def find_folders(path: Path) -> list[VocFolder]:
 def find_loose_folder(path: Path) -> VocFolder | None:
     """The folder itself if there are VOC annotations anywhere in it; None if not."""
     if path.is_dir() and any(is_annotation(file) for file in _first_xml_files(path, 20)):
-        return VocFolder(path, path, path, path / "ImageSets" / "Main", loose=True)
+        return VocFolder(path, path, path, _sets(path), loose=True)
     return None
 
 
@@ -105,8 +105,14 @@ def _subfolders(path: Path) -> list[Path]:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def _sets(root: Path) -> Path:
+    """Folder of split files."""
+    usual = root / "ImageSets" / "Main"
+    return usual if usual.is_dir() or not any(root.glob("ImageSets/*.txt")) else root / "ImageSets"
+
+
 def _as_folder(root: Path) -> VocFolder | None:
-    sets = root / "ImageSets" / "Main"
+    sets = _sets(root)
     for folder in (root / "Annotations", root / "annotations"):
         if folder.is_dir() and (sets.is_dir() or any(True for _ in _first_xml_files(folder, 1))):
             choices = [root / name for name in ("JPEGImages", "images", "Images")]
