@@ -106,6 +106,32 @@ def test_csv_full_disk(tmp_path: Path) -> None:
     assert path.read_text() == "iteration,loss\n1,1\n"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_does_not_end_a_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = CsvLogger(tmp_path / "metrics.csv")
+    log.log(0, {"loss": 1})
+    with open("/dev/full", "w") as full:
+        os.dup2(full.fileno(), log._file.fileno())  # type: ignore[union-attr]
+    stream = io.StringIO()
+    with LoggerGroup([log, ConsoleLogger(10, stream=stream)]) as loggers:
+        loggers.log(1, {"loss": 1})
+        loggers.log(2, {"loss": 1})
+    assert stream.getvalue().count("iteration") == 2
+    assert caplog.messages == [
+        f"{tmp_path / 'metrics.csv'}: cannot be written (disk full); the training goes on without this log"
+    ]
+
+
+def test_console_whose_reader_went_away() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        log = ConsoleLogger(10, stream=stream)
+        log.log(1, {"loss": 1})
+        log.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered
+
+
 def test_console_plain() -> None:
     stream = io.StringIO()
     log = ConsoleLogger(100, start=40, stream=stream)

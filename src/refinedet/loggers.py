@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import failure_reason, write_text
 from refinedet.progress import ProgressBar, duration, is_terminal
 
+_LOG = logging.getLogger(__name__)
 _STEP = "iteration"
 
 
@@ -43,27 +45,37 @@ class LoggerGroup:
         self.loggers = tuple(loggers)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Pass on to every logger, in order."""
+        """Pass on to every logger, in order; one that cannot write is given up, which does not end the training."""
         for logger in self.loggers:
-            logger.log(step, values)
+            try:
+                logger.log(step, values)
+            except (RefineDetError, OSError) as error:
+                _LOG.warning("%s; the training goes on without this log", error)
+                self.loggers = tuple(other for other in self.loggers if other is not logger)
 
     def progress(self, title: str, done: int, total: int) -> None:
-        """Tell the loggers that show it how far the training, or an evaluation in between, is."""
+        """As ``show_progress``, for all of them."""
         for logger in self.loggers:
-            show = getattr(logger, "progress", None)
-            if show is not None:
-                show(title, done, total)
+            show_progress(logger, title, done, total)
 
     def close(self) -> None:
         """Close every logger, in order."""
         for logger in self.loggers:
-            logger.close()
+            with contextlib.suppress(OSError):  # what could not be written before cannot be now
+                logger.close()
 
     def __enter__(self) -> LoggerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def show_progress(logger: Logger, title: str, done: int, total: int) -> None:
+    """Tell a logger that shows it how far the training is ("training"), or an evaluation in between ("evaluating")."""
+    show = getattr(logger, "progress", None)
+    if show is not None:
+        show(title, done, total)
 
 
 class ConsoleLogger:

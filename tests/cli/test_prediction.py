@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from conftest import FullDisk
 from refinedet import cli
 from refinedet.presets import PRESETS
 
+LOAD = ImageFile.ImageFile.load
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -85,6 +87,146 @@ def test_predict_coco_ids(stub: Any, photo: Callable[..., Path], tmp_path: Path)
     files.append(str(photo("holiday.jpg")))
     assert cli.main(["predict", "stub", *files, "--json", str(result), "--json-format", "coco"]) == 0
     assert [one["image_id"] for one in json.loads(result.read_text())] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "label", "category", "said"),
+    [
+        (("cat", "dog"), {}, 1, 18, False),  # COCO's own ids, of which there are 80 between 1 and 90
+        (("person", "toothbrush"), {}, 1, 90, False),
+        (("aeroplane", "tvmonitor"), {}, 1, 72, False),  # VOC's words for COCO's airplane and tv
+        (("cat", "unicorn"), {}, 1, 2, True),
+        (("cat", "dog"), {"category_ids": (7, 30)}, 1, 30, False),  # the ids of the training data go first
+    ],
+)
+def test_predict_coco_categories(
+    names: tuple[str, ...], config: dict[str, Any], label: int, category: int, said: bool, stub: Any,
+    photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    stub.class_names, stub.config = names, types.SimpleNamespace(**config)
+    result = tmp_path / "r.json"
+    assert cli.main(["predict", "stub", str(photo("a.jpg")), "--json", str(result), "--json-format", "coco"]) == 0
+    assert [item["category_id"] for item in json.loads(result.read_text())] == [category]
+    note = "note: the model does not know the category ids of its training data; they are 1 to 2 in label order\n"
+    assert capsys.readouterr().err == (note if said else "")
+
+
+def test_predict_coco_ids_count_inputs(
+    stub: Any, photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [photo("a.jpg"), tmp_path / "broken.jpg", photo("c.jpg")]
+    files[1].write_text("no image")
+    result = tmp_path / "r.json"
+    command = ["predict", "stub", *map(str, files), "--json", str(result), "--json-format", "coco"]
+    assert cli.main(command) == 1
+    assert [item["image_id"] for item in json.loads(result.read_text())] == [1, 3]
+    annotations = tmp_path / "instances.json"
+    images = [
+        {"id": 70, "file_name": "c.jpg"},
+        {"id": 71, "file_name": "x\\a.jpg"},
+        {"id": 9, "file_name": "broken.jpg"},
+    ]
+    annotations.write_text(json.dumps({"images": images}))
+    assert cli.main([*command, "--coco-images", str(annotations)]) == 1
+    assert [item["image_id"] for item in json.loads(result.read_text())] == [71, 70]
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "code"),
+    [
+        ({"images": []}, "lists no images named a.jpg", 2),
+        (
+            {"images": [{"id": 1, "file_name": "1/a.jpg"}, {"id": 2, "file_name": "2/a.jpg"}]},
+            "lists no images named",
+            2,
+        ),
+        ({"images": [{"id": 1}]}, "no list of COCO images", 1),
+        ([], "no list of COCO images", 1),
+        ("nothing", "no list of COCO images", 1),
+    ],
+)
+def test_wrong_coco_images(
+    content: Any, message: str, code: int, stub: Any, photo: Callable[..., Path], tmp_path: Path,
+    refused: Callable[..., str],
+) -> None:  # fmt: skip
+    annotations = tmp_path / "instances.json"
+    annotations.write_text(json.dumps(content))
+    command = ["predict", "stub", photo("a.jpg"), "--json", tmp_path / "r.json", "--coco-images", annotations]
+    assert message in refused([*command, "--json-format", "coco"], code)
+    assert "goes with --json-format coco" in refused(command)
+    assert not stub.batches
+
+
+def test_predict_json_lines(
+    stub: Any, photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [photo("a.jpg"), tmp_path / "broken.jpg", photo("c.jpg", (60, 20))]
+    files[1].write_text("no image")
+    lines = tmp_path / "new" / "r.jsonl"
+    for _ in range(2):  # the same command again starts anew
+        assert cli.main(["predict", "stub", *map(str, files), "--jsonl", str(lines), "--batch-size", "1"]) == 1
+        header, *rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        assert header == {
+            "generator": "detections written by refinedet", "model": "stub", "class_names": ["cat", "dog"],
+            "threshold": 0.4,
+        }  # fmt: skip
+        assert [row["source"] for row in rows] == [str(path) for path in files]
+        assert rows[2]["detections"] == [{"label": 1, "name": "dog", "score": 0.75, "box": [0.0, 0.0, 30.0, 20.0]}]
+        assert "not an image" in rows[1]["error"]
+    assert f"jsonl: {lines}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--json", "--jsonl"])
+def test_json_to_standard_output_is_nothing_but_json(
+    option: str, stub: Any, photo: Callable[..., Path], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    command = ["predict", "stub", str(photo("a.jpg")), option, "-", "--save", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    out, err = capfdbinary.readouterr()
+    rows = [json.loads(out)] if option == "--json" else [json.loads(line) for line in out.splitlines()]
+    assert rows[0]["generator"] == "detections written by refinedet"
+    assert err == b""
+
+
+def test_predict_quiet(
+    stub: Any, photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["predict", "stub", str(photo("a.jpg")), "--json", str(tmp_path / "r.json"), "--quiet"]) == 0
+    assert capsys.readouterr() == (f"json: {tmp_path / 'r.json'}\n", "")
+
+
+def test_predict_recursive(stub: Any, photo: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]) -> None:
+    wanted = [photo("all/a.jpg"), photo("all/b/c.png"), photo("all/b/d/e.jpg")]
+    photo("all/.hidden/f.jpg")
+    (tmp_path / "all" / "b" / "loop").symlink_to(tmp_path / "all")
+    result = tmp_path / "r.json"
+    command = ["predict", "stub", str(tmp_path / "all"), "--json", str(result)]
+    for options, expected in (([], wanted[:1]), (["--recursive"], wanted)):
+        assert cli.main([*command, *options]) == 0
+        assert [image["source"] for image in json.loads(result.read_text())["images"]] == [str(p) for p in expected]
+    (tmp_path / "none" / "deep").mkdir(parents=True)
+    assert "--recursive" in refused(["predict", "stub", tmp_path / "none"])
+    assert "no images in this folder" in refused(["predict", "stub", tmp_path / "none", "--recursive"])
+
+
+def test_predict_survives_an_image_that_fills_the_memory(
+    stub: Any, photo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    files = [photo("a.jpg"), photo("huge.jpg", (41, 30)), photo("c.jpg")]
+
+    def full(image: ImageFile.ImageFile) -> Any:
+        if image.size == (41, 30):
+            raise MemoryError
+        return LOAD(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", full)
+    result = tmp_path / "r.json"
+    assert cli.main(["predict", "stub", *map(str, files), "--json", str(result)]) == 1
+    content = json.loads(result.read_text())
+    assert [Path(image["source"]).name for image in content["images"]] == ["a.jpg", "c.jpg"]
+    assert [Path(failure["source"]).name for failure in content["failed"]] == ["huge.jpg"]
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

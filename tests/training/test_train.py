@@ -258,15 +258,15 @@ def test_wrong_calls_end_in_one_line(
 
 
 def test_pictures_that_are_trained_and_evaluated_on_are_counted(
-    voc_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    voc_folder: FolderFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = voc_folder(images=12)
     apart = tiny(iterations=1, train_split="all[:75%]", evaluate_split="all[75%:]")
     train(apart, data, out=tmp_path / "apart", backbone_weights="random", device="cpu")
-    assert "trained on too" not in capsys.readouterr().out
+    assert "trained on too" not in caplog.text
     mixed = tiny(iterations=1, train_split="all[:75%]", evaluate_split="all[50%:]")
     train(mixed, data, out=tmp_path / "mixed", backbone_weights="random", device="cpu")
-    assert "note: 3 of the 6 images of 'all[50%:]' are trained on too" in capsys.readouterr().out
+    assert "3 of the 6 images of 'all[50%:]' are trained on too" in caplog.text
     assert "3 images, none of which was trained on" in (tmp_path / "apart/last/README.md").read_text()
     assert "6 images, 3 of which were trained on" in (tmp_path / "mixed/last/README.md").read_text()
 

@@ -107,8 +107,9 @@ def test_the_input_of_the_weights_is_adopted() -> None:
 
 
 def test_training_starts_from_carried_classes(
-    voc_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    voc_folder: FolderFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "refinedet")
     start = RefineDet(small(3, mean=(1.0, 2.0, 3.0)), ("Dog", "cow", "couch"))
     start.save_pretrained(tmp_path / "start")
     data = voc_folder(images=4, class_names=("sofa", "dog", "gnu"))
@@ -126,7 +127,7 @@ def test_training_starts_from_carried_classes(
             after["odm.1.logits.weight"][4 + names.index(name)], before["odm.1.logits.weight"][4 + old]
         )
     torch.testing.assert_close(after["arm.1.logits.weight"], before["arm.1.logits.weight"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("init: ")]
+    lines = [message for message in caplog.messages if message.startswith("init: ")]
     assert lines[0] == f"init: mean as {tmp_path / 'start'} has them"
     assert lines[1].startswith("init: 2 classes carried over: ")
     assert "sofa (from couch)" in lines[1]

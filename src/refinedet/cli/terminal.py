@@ -20,6 +20,7 @@ from refinedet.errors import RefineDetError
 from refinedet.files import failure_reason
 from refinedet.text import printable
 
+OUT_OF_MEMORY = "out of memory; try a smaller --batch-size or smaller images"
 _LIBRARIES = {"PIL": "Pillow", "torch": "torch", "torchvision": "torchvision", "numpy": "numpy"}
 
 
@@ -39,7 +40,7 @@ def run(command: Callable[[], int]) -> int:
             _discard(sys.stdout)
             return 141
         except MemoryError:
-            return fail("out of memory; try a smaller --batch-size or smaller images", 1)
+            return fail(OUT_OF_MEMORY, 1)
         except Exception as error:
             return _unexpected(error)
 
@@ -48,6 +49,8 @@ def _unexpected(error: Exception) -> int:
     # torch.OutOfMemoryError is recognised by its name because torch must not be imported for it.
     if type(error).__name__ == "OutOfMemoryError":
         return fail(f"out of GPU memory; try a smaller --batch-size ({' '.join(str(error).split())[:120]})", 1)
+    if isinstance(error, RuntimeError) and re.search(r"can't allocate memory|not enough memory", str(error)):
+        return fail(OUT_OF_MEMORY, 1)  # so says torch on a CPU
     if isinstance(error, OSError) and error.filename is None:
         # All files are written in a way that names them; what is left is standard output.
         _discard(sys.stdout)

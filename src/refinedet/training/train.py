@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,6 +53,8 @@ from refinedet.training.run import (
 )
 from refinedet.training.trainer import Trainer
 from refinedet.weights.transfer import Transfer, adopt_config, transfer_classes
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def train(
         if start is not None:
             model_config, adopted = adopt_config(model_config, start.config)
             if adopted and world.is_main:
-                print(f"init: {', '.join(adopted)} as {init} has them")
+                _LOG.info("init: %s as %s has them", ", ".join(adopted), init)
         preset = dataclasses.replace(preset, model=model_config)
         torch.manual_seed(preset.train.seed)
         model = RefineDet(model_config, dataset.class_names)
@@ -131,7 +135,7 @@ def train(
             set_background_prior(model.network)
         source, transfer = _initialise(model, backbone_weights, init, start)
         if transfer is not None and world.is_main:
-            print(f"init: {transfer.summary()}")
+            _LOG.info("init: %s", transfer.summary())
         config = RunConfig(preset, tuple(str(Path(p).expanduser()) for p in paths), dataset.class_names, source)
         if world.is_main:
             save_json(config, folder / CONFIG_FILE)
@@ -266,7 +270,7 @@ class _Training:
         with self._loggers() as loggers:
 
             def evaluate() -> None:
-                report = self._evaluate(self.settings.evaluate_limit)
+                report = self._evaluate(self.settings.evaluate_limit, loggers)
                 self._log_report(loggers, report)
                 self._save(report)
 
@@ -291,9 +295,12 @@ class _Training:
         trained_on = {record.image_path for record in self.dataset.records}
         both = sum(record.image_path in trained_on for record in self.evaluation_set.records)
         if both and self.world.is_main:
-            print(
-                f"note: {both} of the {len(self.evaluation_set)} images of '{self.settings.evaluate_split}' are "
-                f"trained on too, so its figure does not say how good the model is on others"
+            _LOG.warning(
+                "%d of the %d images of '%s' are trained on too, so its figure does not say how good the model is on "
+                "others",
+                both,
+                len(self.evaluation_set),
+                self.settings.evaluate_split,
             )
         return both
 
@@ -317,14 +324,15 @@ class _Training:
         network = self.model.network if average is None else cast(RefineDetNetwork, average.network)
         return RefineDet(self.model.config, self.model.class_names, network=network)
 
-    def _evaluate(self, limit: int | None) -> Report | None:
+    def _evaluate(self, limit: int | None, loggers: LoggerGroup) -> Report | None:
         """Evaluate over all processes: each takes every n-th image, so none counts twice."""
         dataset, world = self.evaluation_set, self.world
         if dataset is None:
             return None
         count = len(dataset) if limit is None else min(limit, len(dataset))
         own = range(world.rank, count, world.size)
-        detections = collect_detections(self._current(), dataset, own)
+        show = partial(loggers.progress, "evaluating")
+        detections = collect_detections(self._current(), dataset, own, on_progress=show)
         merged = {index: one for part in world.gather(detections) for index, one in part.items()}
         settings = EvaluationSettings(
             model=self.model.config,
@@ -371,7 +379,7 @@ class _Training:
 
     def _finish(self, loggers: LoggerGroup) -> Run:
         """Evaluate the last weights on the whole split and save everything."""
-        report = self._evaluate(None)
+        report = self._evaluate(None, loggers)
         self._log_report(loggers, report)
         self._save(report)
         if report is not None and self.world.is_main:

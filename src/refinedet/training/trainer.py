@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from refinedet.config import TrainConfig
 from refinedet.errors import RefineDetError
-from refinedet.loggers import Logger
+from refinedet.loggers import Logger, show_progress
 from refinedet.training.distributed import World
 from refinedet.training.optim import MovingAverage, build_optimizer, learning_rate_at, set_learning_rate
 
@@ -145,6 +145,7 @@ class Trainer:
         while self.iteration < settings.iterations:
             self._update(forward, passes)
             done += settings.batch_size
+            show_progress(logger, "training", self.iteration, settings.iterations)
             finished = self.iteration == settings.iterations
             if self.iteration % settings.log_every == 0 or finished:
                 self.losses = self._mean_losses()
