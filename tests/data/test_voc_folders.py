@@ -111,8 +111,14 @@ def test_a_folder_for_each_split(tmp_path: Path, files: tuple[str, str], splits:
     assert len(open_dataset(root, "train")) == 1
     if "test" not in splits:
         assert len(open_dataset(root, "val")) == 1
-    with pytest.raises(UsageError, match=f"no split 'trainval'; available: {', '.join(splits)}"):
-        open_dataset(root, "trainval")
+    if len(splits) == 2 and "test" in splits:
+        with pytest.raises(UsageError, match="no split 'trainval'; available: test, train"):
+            open_dataset(root, "trainval")
+    else:
+        both = open_dataset(root, "trainval")
+        assert both.split == "trainval"
+        assert len(both) == 2
+        assert not any(image.startswith("test/") for image in images_of(both))
     # Each of the folders is a dataset of its own, too.
     if files[0].startswith("{}"):
         assert len(open_dataset(root / "train")) == 1

@@ -14,6 +14,7 @@ from refinedet.data import coco, voc, yolo
 from refinedet.data.classes import fault_of_name
 from refinedet.data.problems import ProblemLog, short_repr
 from refinedet.data.records import DetectionDataset, Layout, ReadRequest
+from refinedet.data.splits import choose_split
 from refinedet.errors import UsageError
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (voc.LAYOUT, coco.LAYOUT, yolo.LAYOUT)}
@@ -61,12 +62,13 @@ def open_dataset(
     names = None if class_names is None else _check_names(class_names)
     log = ProblemLog(strict=strict)
     whole, bounds = _split_part(split)
-    part = None if whole in ("all", "") else whole
+    part = None if whole in ("all", "") else _spell_out(whole, root, layout)
     request = ReadRequest(root, part, names, require_annotations, allow_outside)
     dataset = layout.read(request, log)
     dataset.problems = log.problems
-    if bounds is not None:
+    if bounds is not None or whole not in ("all", ""):
         dataset.split = split
+    if bounds is not None:
         first, last = (_position(bound, len(dataset)) for bound in bounds)
         dataset.records = dataset.records[first:last]
     if not dataset.records and not any(problem.fatal for problem in log.problems):
@@ -186,6 +188,21 @@ def _split_part(split: str | None) -> tuple[str | None, tuple[str | None, str | 
             "'train[:80%]'"
         )
     return match["whole"], (match["first"], match["last"])
+
+
+def _spell_out(split: str | None, root: Path, layout: Layout) -> str | None:
+    """The split with "train+val" in the place of a "trainval" that the data has no name for."""
+    words = [] if split is None else [word.strip() for word in split.split("+")]
+    if split is None or "trainval" not in words:
+        return split
+    available = layout.splits(root)
+    if "trainval" in available:
+        return split
+    try:
+        both = [choose_split(root, name, available) for name in ("train", "val")]
+    except UsageError:
+        return split  # the reader says which splits there are
+    return "+".join("+".join(both) if word == "trainval" else word for word in words)
 
 
 def _position(bound: str | None, count: int) -> int | None:
