@@ -105,10 +105,10 @@ def test_evaluate_takes_everything_of_undivided_data(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stub"], "DATA"),
+        (["stub"], "DATA is missing"),
         (["stub", "nowhere"], "nowhere"),
         (["stub", "DATA", "--split", "tset"], "no split 'tset'"),
-        (["stub", "DATA", "--metric", "map"], "'voc07', 'voc', 'coco'"),
+        (["stub", "DATA", "--metric", "map"], "must be one of voc07, voc, coco"),
         (["stub", "DATA", "--shared-classes", "--submission", "a.zip"], "--submission takes neither --shared-classes"),
         (["stub", "DATA", "--limit", "0"], "--limit must be at least 1, not 0"),
         (["stub", "DATA", "--batch-size", "-1"], "--batch-size must be at least 1, not -1"),

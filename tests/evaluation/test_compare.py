@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from refinedet import cli
 from refinedet.data import open_dataset
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
@@ -92,3 +93,14 @@ def test_what_cannot_be_compared(data: Path, tmp_path: Path) -> None:
         compare(tmp_path / "a", tmp_path / "a")
     with pytest.raises(UsageError, match="no run folder"):
         compare(tmp_path / "a", tmp_path / "nowhere")
+
+
+def test_command_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_run(tmp_path / "a", data, 200)
+    save_run(tmp_path / "b", data, 0)
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    output = capsys.readouterr().out
+    assert "settings: the same" in output
+    assert "AP at IoU 0.5 on 11 images" in output
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "nowhere")]) == 2
+    assert "no run folder" in capsys.readouterr().err

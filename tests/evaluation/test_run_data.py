@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refinedet import PRESETS, RefineDet, evaluate
+from refinedet import PRESETS, RefineDet, cli, evaluate
 from refinedet.data import open_dataset
 from refinedet.dataclass_json import to_dict
 from refinedet.errors import RefineDetError, UsageError
@@ -116,3 +116,15 @@ def test_one_default_split(voc_folder: FolderFactory, make_run: Callable[..., Pa
     alone = voc_folder(class_names=NAMES, name="alone", splits={"train": [0, 1]})
     with pytest.raises(UsageError, match="no split 'test'"):
         evaluate(model, alone)
+
+
+def test_command_line_without_data(
+    voc_folder: FolderFactory, make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(voc_folder(class_names=NAMES))
+    assert cli.main(["evaluate", str(run)]) == 0
+    assert "COCO AP, IoU 0.50:0.95; 3 images of voc val" in capsys.readouterr().out
+    assert cli.main(["evaluate", "voc07-320-resnet18"]) == 2
+    assert "DATA is missing" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run), "--metric", "map"]) == 2
+    assert "must be one of voc07, voc, coco" in capsys.readouterr().err

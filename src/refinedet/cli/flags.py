@@ -32,7 +32,10 @@ def flag(metavar: str, hint: str | None = "") -> Any:
 
 Switch = tyro.conf.FlagCreatePairsOff[Annotated[bool, tyro.conf.arg(help_behavior_hint="")]]
 Weights = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS")]
+Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Data = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+OptionalData = tyro.conf.DisallowNone[Annotated[str | None, tyro.conf.Positional, flag("DATA")]]
+OptionalMetric = tyro.conf.DisallowNone[Annotated[str | None, flag("voc07|voc|coco")]]
 PresetName = Annotated[str, tyro.conf.Positional, flag("PRESET")]
 DataPaths = Annotated[tuple[str, ...], flag("DATA...")]
 Device = Annotated[str, flag("DEVICE", None)]

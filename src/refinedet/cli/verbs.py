@@ -14,9 +14,12 @@ from refinedet.cli.flags import (
     Data,
     Device,
     OptionalCount,
+    OptionalData,
     OptionalFile,
     OptionalFolder,
+    OptionalMetric,
     OptionalText,
+    Run,
     Switch,
     Weights,
     check_at_least,
@@ -35,11 +38,11 @@ from refinedet.progress import ProgressBar
 @verb
 def evaluate(
     weights: Weights,
-    data: Data,
+    data: OptionalData = None,
     /,
     *,
     split: OptionalText = None,
-    metric: Literal["voc07", "voc", "coco"] = "voc07",
+    metric: OptionalMetric = None,
     report: OptionalFolder = None,
     multi_scale: Switch = False,
     shared_classes: Switch = False,
@@ -54,9 +57,11 @@ def evaluate(
 
     Args:
         weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or a hub id.
-        data: Folder or file of annotated images: Pascal VOC, COCO JSON or YOLO.
-        split: Split of the data; 'all' takes every image (default: test, or every image of undivided data).
-        metric: 11-point AP of VOC 2007, area AP of VOC 2010 and later, or the twelve numbers of COCO.
+        data: Folder or file of annotated images: Pascal VOC, COCO JSON or YOLO (default: the images that the run held
+            out).
+        split: Split of the data; 'all' takes every image (default: test, else val, or every image of undivided data).
+        metric: voc07 (11-point AP of VOC 2007), voc (area AP of VOC 2010 and later) or coco (the twelve numbers of
+            COCO); default: the run's own for the images that it held out, else voc07.
         report: Folder for index.html, a page that shows the errors, and for the figures and all detections as JSON and
             CSV.
         multi_scale: Test at several sizes, flipped too, and merge by box voting: the "+" rows of the paper, 16 to 40
@@ -72,27 +77,30 @@ def evaluate(
     check_at_least("--batch-size", batch_size)
     check_at_least("--limit", limit)
 
-    from refinedet.evaluation.evaluate import evaluate as evaluate_detector
+    from refinedet.evaluation import evaluate as evaluation
     from refinedet.evaluation.page import write_page
     from refinedet.evaluation.report import check_report_folder
 
-    path = user_path(data)
+    figure = None if metric is None else evaluation.check_metric(metric)
+    path = None if data is None else user_path(data)
     report_folder = None if report is None else user_path(report)
     if report_folder is not None:
-        check_report_folder(report_folder, [path])
+        check_report_folder(report_folder, [] if path is None else [path])
     if submission is not None:
+        if path is None:
+            raise UsageError("--submission needs DATA, the images of a server")
         if shared_classes or report is not None:
             raise UsageError("--submission takes neither --shared-classes (a server wants every class) nor --report")
         return _submit(
-            user_path(submission), weights, path, split, metric, limit=limit, batch_size=batch_size,
+            user_path(submission), weights, path, split, figure or "voc07", limit=limit, batch_size=batch_size,
             multi_scale=multi_scale, device=device,
         )  # fmt: skip
     with ProgressBar("evaluating") as bar:
-        measured = evaluate_detector(
+        measured = evaluation.evaluate(
             weights,
             path,
             split=split,
-            metric=metric,
+            metric=figure,
             limit=limit,
             batch_size=batch_size,
             multi_scale=multi_scale,
@@ -152,6 +160,23 @@ def _log_of_run(weights: str) -> Path | None:
     log = (path.parent if path.name in ("best", "last") else path) / METRICS_FILE
     # A bundled model goes before a folder of the same name.
     return log if refinedet.weights.folder_of(weights) is None and log.is_file() else None
+
+
+@verb
+def compare(first: Run, second: Run, /) -> int:
+    """Compare two runs: settings that differ, and AP of each class on the images that both held out.
+
+    AP is that at an IoU of 0.5, from the detections that the evaluation at the end of each training saved. The
+    intervals (95 %) come from drawing the images anew 500 times.
+
+    Args:
+        first: A run folder.
+        second: Another run folder.
+    """
+    from refinedet.evaluation.compare import compare as compare_runs
+
+    say(compare_runs(first, second).table())
+    return 0
 
 
 @verb

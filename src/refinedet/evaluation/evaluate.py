@@ -106,7 +106,7 @@ def evaluate(
             raise UsageError("DATA is missing: only a run folder knows which images it held out")
         data, metric = run.held_out(), metric or run.metric
     metric = metric or "voc07"
-    _check_metric(metric)
+    check_metric(metric)
     detector, weights = _load(model, device)
     runner: Detector = detector
     passes: tuple[str, ...] = ()
@@ -336,7 +336,7 @@ def evaluate_detections(
         RefineDetError: no object is there to evaluate against.
         UsageError: an unknown metric, or detections that do not fit the data.
     """
-    _check_metric(metric)
+    check_metric(metric)
     by_index = _by_index(dataset, detections)
     indices = sorted(by_index)
     _check_objects(dataset, indices)
@@ -394,9 +394,15 @@ def _by_index(
     return dict(detections)
 
 
-def _check_metric(metric: str) -> None:
+def check_metric(metric: str) -> Metric:
+    """The name of a figure as such.
+
+    Raises:
+        UsageError: there is no figure of that name.
+    """
     if metric not in METRICS:
         raise UsageError(f"unknown metric '{metric}': must be one of {', '.join(METRICS)}")
+    return cast(Metric, metric)
 
 
 def _check_objects(dataset: DetectionDataset, indices: Sequence[int]) -> None:
