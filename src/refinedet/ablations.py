@@ -16,6 +16,7 @@ from typing import Any
 from refinedet.config import ModelConfig, Preset
 from refinedet.dataclass_json import load_json
 from refinedet.errors import UsageError
+from refinedet.files import user_path
 from refinedet.training.run import CHECKPOINT_FILE, CONFIG_FILE, RunConfig
 from refinedet.training.train import resume, train
 
@@ -73,7 +74,7 @@ def ablate(
     """
     if preset.train.evaluate_split in ("", "none"):
         raise UsageError("an ablation compares figures: give a split to measure them on with --evaluate-split")
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
     found: dict[str, float] = {}
     for variant in VARIANTS:
@@ -156,6 +157,6 @@ def _check_same(folder: Path, wanted: Preset, data: Sequence[str | Path]) -> Non
     run = load_json(RunConfig, folder / CONFIG_FILE)
     # The number of classes came from the data.
     model = dataclasses.replace(wanted.model, num_classes=run.preset.model.num_classes)
-    same_data = run.data == tuple(str(Path(part).expanduser()) for part in data)
+    same_data = run.data == tuple(str(user_path(part)) for part in data)
     if run.preset.model != model or run.preset.train != wanted.train or not same_data:
         raise UsageError(f"{folder}: holds a run of other settings or data; choose another --out")

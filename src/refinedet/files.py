@@ -43,8 +43,7 @@ STANDARD_OUTPUT = Path("-")
 """As an output path: standard output."""
 LIST_MARK = " \t\t \t \t\t\n"
 """Last line of the JSON lists that this package writes."""
-_NAME_BYTES = 255
-"""Longest name of a file or folder on the common file systems."""
+_NAME_BYTES = 255  # longest name of a file or folder on the common file systems
 _PART_FILE = re.compile(r"\.(?P<name>.*)\.[^.]{8}\.part", re.DOTALL)
 _FULL = {
     errno.ENOSPC: "disk full",
@@ -212,11 +211,7 @@ def _make_part(folder: Path, name: str) -> tuple[str, int]:
 
 
 def _lock(handle: int) -> None:
-    """Lock an open file, which ends with its process.
-
-    Raises:
-        OSError: another process holds the lock.
-    """
+    """Lock an open file until it is closed or its process ends; OSError if another process holds the lock."""
     if sys.platform != "win32":
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -234,7 +229,7 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a new file beside ``path``, flush it to the disk, and rename it into place.
 
     A symbolic link is followed; the permissions of an existing file are kept. If ``path`` is a stream, the finished
@@ -316,16 +311,8 @@ def open_stream(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """``write_atomically`` of bytes.
-
-    Raises:
-        RefineDetError: as ``write_atomically``.
-    """
-
-    def write(part: Path) -> None:
-        part.write_bytes(data)
-
-    write_atomically(path, write)
+    """``write_atomically`` of bytes; raises what that raises."""
+    write_atomically(path, lambda part: part.write_bytes(data))
 
 
 def encoded(text: str) -> bytes:
@@ -337,11 +324,7 @@ def encoded(text: str) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """``write_atomically`` of text, as ``encoded`` turns it into bytes.
-
-    Raises:
-        RefineDetError: as ``write_atomically``.
-    """
+    """``write_atomically`` of text, as ``encoded`` turns it into bytes; raises what that raises."""
     write_bytes(path, encoded(text))
 
 

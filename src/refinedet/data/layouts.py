@@ -16,6 +16,7 @@ from refinedet.data.problems import ProblemLog, short_repr
 from refinedet.data.records import DetectionDataset, Layout, ReadRequest
 from refinedet.data.splits import choose_split
 from refinedet.errors import UsageError
+from refinedet.files import user_path
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (voc.LAYOUT, coco.LAYOUT, yolo.LAYOUT)}
 """By name, in the order in which they are tried."""
@@ -57,7 +58,7 @@ def open_dataset(
         UsageError: no such folder, unknown layout, unknown or empty split, or a part that is no part.
         RefineDetError: (strict) a file that cannot be used, named.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     layout = _recognise(root)
     names = None if class_names is None else _check_names(class_names)
     log = ProblemLog(strict=strict)
@@ -117,7 +118,7 @@ def detect_layout(path: str | Path) -> str:
     Raises:
         UsageError: nothing at ``path``, or nothing that looks like one of the layouts.
     """
-    return _recognise(Path(path).expanduser()).name
+    return _recognise(user_path(path)).name
 
 
 def list_splits(path: str | Path) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ def list_splits(path: str | Path) -> tuple[str, ...]:
     Raises:
         UsageError: as ``detect_layout``.
     """
-    root = Path(path).expanduser()
+    root = user_path(path)
     return _recognise(root).splits(root)
 
 

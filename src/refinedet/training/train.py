@@ -136,7 +136,7 @@ def train(
         source, transfer = _initialise(model, backbone_weights, init, start)
         if transfer is not None and world.is_main:
             _LOG.info("init: %s", transfer.summary())
-        config = RunConfig(preset, tuple(str(Path(p).expanduser()) for p in paths), dataset.class_names, source)
+        config = RunConfig(preset, tuple(str(user_path(path)) for path in paths), dataset.class_names, source)
         if world.is_main:
             save_json(config, folder / CONFIG_FILE)
         return _Training(folder, config, model, dataset, world, loggers).run(stop)
@@ -160,7 +160,7 @@ def resume(
     Raises:
         RefineDetError: no run there, or a corrupt file in it.
     """
-    folder = Path(run_folder).expanduser()
+    folder = user_path(run_folder)
     if not (folder / CONFIG_FILE).exists():
         raise UsageError(f"{folder}: no run there ({CONFIG_FILE} is missing)")
     config = load_json(RunConfig, folder / CONFIG_FILE)
@@ -194,7 +194,7 @@ def _initialise(
     if backbone_weights is None or backbone_weights == "torchvision":
         model.network.backbone.load_imagenet(imagenet_state(model.config), "torchvision")
         return "torchvision", None
-    path = Path(backbone_weights).expanduser()
+    path = user_path(backbone_weights)
     if path.suffix in (".pth", ".pt"):
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
