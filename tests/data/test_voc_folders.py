@@ -125,6 +125,14 @@ def test_a_folder_for_each_split(tmp_path: Path, files: tuple[str, str], splits:
         assert list_splits(root / "train") == ()
 
 
+def test_a_folder_beside_those_of_the_splits_belongs_to_none(tmp_path: Path) -> None:
+    places = ("train", "test", "more")
+    root = build(tmp_path / "own", *(f"{p}/{f}" for p in places for f in ("annotations/a.xml", "images/a.jpg")))
+    assert list_splits(root) == ("test", "train")
+    assert len(open_dataset(root)) == 3
+    assert images_of(open_dataset(root, "train")) == ["train/images/a.jpg"]
+
+
 def test_split_files_with_folders_in_their_lines(tmp_path: Path) -> None:
     files = [name.format(n) for n in range(3) for name in ("Annotations/train/img{}.xml", "JPEGImages/train/img{}.jpg")]
     root = build(tmp_path / "own", *files, texts={"ImageSets/Main/default.txt": "train/img0\ntrain/img2\n"})

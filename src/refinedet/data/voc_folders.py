@@ -81,9 +81,8 @@ def find_folders(path: Path) -> list[VocFolder]:
     if not path.is_dir():
         return []
     folders = [folder for child in _subfolders(path) if (folder := _as_folder(child))]
-    if not any(folder.is_year or folder.sets.is_dir() for folder in folders) and all(
-        split_folder([folder.root.name]) for folder in folders
-    ):
+    divided = any(folder.is_year or folder.sets.is_dir() for folder in folders)
+    if not divided and any(split_folder([folder.root.name]) for folder in folders):
         folders = []
     if not folders and (path / "VOCdevkit").is_dir():
         return find_folders(path / "VOCdevkit")
