@@ -156,6 +156,7 @@ def inspect_dataset(
     split: str | None = None,
     class_names: Sequence[str] | None = None,
     *,
+    allow_outside: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> HealthReport:
     """Read a dataset leniently, decode every image, and count.
@@ -164,13 +165,14 @@ def inspect_dataset(
         path: as for ``open_dataset``.
         split: as for ``open_dataset``; None inspects all images.
         class_names: as for ``open_dataset``.
+        allow_outside: as for ``open_dataset``.
         progress: called with (images done, images in all) after each image.
 
     Raises:
         UsageError: no dataset at ``path``, unknown or empty split.
         RefineDetError: the dataset as a whole cannot be read, such as a COCO file that is no JSON.
     """
-    dataset = open_dataset(path, split, class_names, strict=False)
+    dataset = open_dataset(path, split, class_names, strict=False, allow_outside=allow_outside)
     problems = list(dataset.problems)
     unreadable: list[Path] = []
     duplicates = 0

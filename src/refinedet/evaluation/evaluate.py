@@ -62,6 +62,7 @@ def evaluate(
     multi_scale: bool = False,
     shared_classes: bool = False,
     device: str = "auto",
+    allow_outside: bool = False,
     on_progress: Progress | None = None,
 ) -> Report:
     """Run a model over a dataset and measure how good its detections are.
@@ -87,6 +88,7 @@ def evaluate(
         shared_classes: measure a model on data of other classes, by those that both have
             (``evaluation.sharing.share_classes``). The report has the data's names, in the model's order.
         device: "cpu", "cuda" or "auto"; for a model that is given by its name.
+        allow_outside: as for ``open_dataset``.
         on_progress: called with (images done, images in all).
 
     Returns:
@@ -117,7 +119,9 @@ def evaluate(
     if isinstance(data, DetectionDataset):
         dataset = data
     else:
-        dataset = open_evaluation_data(data, split, detector, shared_classes=shared_classes)
+        dataset = open_evaluation_data(
+            data, split, detector, shared_classes=shared_classes, allow_outside=allow_outside
+        )
     left_out = None
     if shared_classes:
         shared = share_classes(runner, dataset)
@@ -195,6 +199,7 @@ def open_evaluation_data(
     *,
     shared_classes: bool = False,
     require_annotations: bool = True,
+    allow_outside: bool = False,
 ) -> DetectionDataset:
     """Open data to evaluate a model on.
 
@@ -204,6 +209,7 @@ def open_evaluation_data(
         model: its class names are those of the data, unless ``shared_classes`` is set.
         shared_classes: take the classes of the data, whatever they are.
         require_annotations: False also opens splits whose annotations are kept by a server.
+        allow_outside: as for ``open_dataset``.
 
     Raises:
         RefineDetError: a bad file, or an object of a class that the model lacks.
@@ -212,16 +218,22 @@ def open_evaluation_data(
     if split is None:
         split = default_split(path)
     if shared_classes:
-        return open_dataset(path, split)
+        return open_dataset(path, split, allow_outside=allow_outside)
     try:
-        return open_dataset(path, split, class_names=model.class_names, require_annotations=require_annotations)
+        return open_dataset(
+            path,
+            split,
+            class_names=model.class_names,
+            require_annotations=require_annotations,
+            allow_outside=allow_outside,
+        )
     except UsageError:
         raise
     except RefineDetError as error:
         # The parser stops at the first object of a strange class. Most likely the model is not one for this data, and
         # then the two lists side by side say more than the file.
         try:
-            own = open_dataset(path, split)
+            own = open_dataset(path, split, allow_outside=allow_outside)
         except RefineDetError:
             raise error from None
         if set(own.class_names) - set(model.class_names):
