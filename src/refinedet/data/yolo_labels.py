@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from refinedet.data.image_paths import is_below
@@ -35,6 +36,7 @@ class LabelFiles:
         self._source = source
         self._log = log
         self._label_folders: dict[Path, list[Path]] = {}
+        self._words: dict[Path, list[Path]] = {}
 
     def pair(self, images: Sequence[Path]) -> dict[Path, Path | None]:
         """Image -> label file, None for an image without objects. Images whose labels are lost are left out.
@@ -49,7 +51,7 @@ class LabelFiles:
         files = self._list_near(folders)
         matches = match_files(_joined(files.images, images), files.labels)
         label_of = matches.label_of()
-        if any(self._is_bare(folder, images, label_of) for folder in folders):
+        if len({image.parent for image in images if image in label_of}) < len(folders):
             everything = self._list_everything(files)
             matches = match_files(_joined(everything.images, images), everything.labels)
             label_of = matches.label_of()
@@ -61,20 +63,17 @@ class LabelFiles:
 
     def _list_near(self, folders: Iterable[Path]) -> FolderFiles:
         """Images and labels of the folders themselves, and of those in which their labels should lie."""
-        files = FolderFiles()
+        images: list[Path] = []
+        labels: dict[Path, None] = {}
         for folder in folders:
             own = list_files(folder, LABEL_ENDING, skip=lambda _: True)
-            labels = [label for label in own.labels if not self._describes(label)]
+            images += own.images
+            labels.update(dict.fromkeys(own.labels))
             for place in self._folders_of_labels(folder):
-                below = list_files(
-                    place,
-                    LABEL_ENDING,
-                    # What mirrors another folder of images is that one's.
-                    skip=lambda sub, place=place, folder=folder: (folder / sub.relative_to(place)).is_dir(),  # type: ignore[misc]
-                )
-                labels += [label for label in below.labels if not self._describes(label)]
-            files.add(FolderFiles(images=own.images, labels=labels))
-        return files
+                # What mirrors another folder of images is that one's.
+                mirrors = partial(_mirrors_subfolder, place, folder)
+                labels.update(dict.fromkeys(list_files(place, LABEL_ENDING, skip=mirrors).labels))
+        return FolderFiles(images=images, labels=[label for label in labels if not self._describes(label)])
 
     def _list_everything(self, known: FolderFiles) -> FolderFiles:
         """All images and label files of the data, for labels in a folder of any name."""
@@ -99,15 +98,32 @@ class LabelFiles:
         if folder not in self._label_folders:
             bases = [base for base in self._source.folders if is_below(folder, base)]
             base = min(bases, key=lambda base: len(base.parts), default=folder)
-            found = _mirrors(base, folder.relative_to(base).parts)
+            found = self._mirrors(base, folder.relative_to(base).parts)
             position = _last_word(folder)
             if not found and position is not None:
-                found = _mirrors(Path(*folder.parts[:position]), folder.parts[position:])
+                found = self._mirrors(Path(*folder.parts[:position]), folder.parts[position:])
             self._label_folders[folder] = found
         return self._label_folders[folder]
 
-    def _is_bare(self, folder: Path, images: Iterable[Path], label_of: dict[Path, Path]) -> bool:
-        return not any(image in label_of for image in images if image.parent == folder)
+    def _mirrors(self, base: Path, steps: Sequence[str]) -> list[Path]:
+        """Folders of labels for ``base/steps``: a step for labels inserted, or put in place of the one for images."""
+        found: dict[Path, None] = {}
+        for position in range(len(steps), -1, -1):
+            rests = [steps[position:]]
+            if position < len(steps) and steps[position].lower() in _IMAGE_WORDS:
+                rests.insert(0, steps[position + 1 :])
+            for word in self._word_folders(base.joinpath(*steps[:position])):
+                found.update(dict.fromkeys(place for rest in rests if (place := word.joinpath(*rest)).is_dir()))
+        return list(found)
+
+    def _word_folders(self, above: Path) -> list[Path]:
+        """Folders that are called labels or the like, directly in a folder."""
+        if above not in self._words:
+            try:
+                self._words[above] = sorted(entry for entry in above.iterdir() if entry.name.lower() in _LABEL_WORDS)
+            except OSError:
+                self._words[above] = []
+        return self._words[above]
 
     def _lost_folders(self, folders: Sequence[Path], images: Sequence[Path], label_of: dict[Path, Path]) -> set[Path]:
         """Images of folders without any label file and without a folder in which there could be one."""
@@ -121,14 +137,17 @@ class LabelFiles:
         # Where labels lie beside the images, a folder of images that show nothing looks like this, too.
         apart = any(label_of[image].parent != image.parent for image in images if image in label_of)
         lost: set[Path] = set()
+        of_folder: dict[Path, list[Path]] = {}
+        for image in images:
+            of_folder.setdefault(image.parent, []).append(image)
         for folder in bare if apart else ():
-            inside = {image for image in images if image.parent == folder}
+            inside = of_folder[folder]
             reason = (
                 f"has no labels, as there is no folder {_expected(folder)}; restore that, or make an empty one if its "
                 "images show no objects"
             )
             self._log.fatal(FaultyFileError(min(inside), reason, NO_ANNOTATION), count=len(inside))
-            lost |= inside
+            lost.update(inside)
         return lost
 
     def _doubtful(self, lone_images: Sequence[Path], matches: Matches, near: FolderFiles) -> set[Path]:
@@ -175,21 +194,9 @@ def _joined(listed: Sequence[Path], images: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys([*images, *listed]))
 
 
-def _mirrors(base: Path, steps: Sequence[str]) -> list[Path]:
-    """Folders of labels for the folder ``base/steps``: a step for labels inserted, or put for the one for images."""
-    found: dict[Path, None] = {}
-    for position in range(len(steps), -1, -1):
-        above = base.joinpath(*steps[:position])
-        rests = [steps[position:]]
-        if position < len(steps) and steps[position].lower() in _IMAGE_WORDS:
-            rests.insert(0, steps[position + 1 :])
-        try:
-            words = sorted(entry for entry in above.iterdir() if entry.name.lower() in _LABEL_WORDS)
-        except OSError:
-            continue
-        for word in words:
-            found.update(dict.fromkeys(place for rest in rests if (place := word.joinpath(*rest)).is_dir()))
-    return list(found)
+def _mirrors_subfolder(labels: Path, images: Path, subfolder: Path) -> bool:
+    """Whether a subfolder of a folder of labels has its counterpart in the folder of images."""
+    return (images / subfolder.relative_to(labels)).is_dir()
 
 
 def _last_word(folder: Path) -> int | None:
