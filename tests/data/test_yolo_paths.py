@@ -207,12 +207,20 @@ def test_folders_above_are_refused(yaml_folder: YamlFolder, text: str) -> None:
         open_dataset(root, "train")
 
 
+@pytest.mark.parametrize("place", ["/proc", "/proc/self/cwd/..", "/sys"])
+def test_folders_of_the_system_hold_no_images(yaml_folder: YamlFolder, place: str) -> None:
+    root = yaml_folder(["a.jpg"], ["a.txt"], f"train: {place}\nnames: [cat]\n")
+    with pytest.raises(RefineDetError, match=r"has no images|does not exist"):
+        open_dataset(root, "train")
+
+
 def test_links_in_a_circle(yaml_folder: YamlFolder) -> None:
     root = yaml_folder(["a.jpg"], ["a.txt"])
     for folder in (root / "train/images", root / "train/labels", root / "valid/labels"):
         (folder / "loop").symlink_to(root)
         (folder / "self").symlink_to(folder / "self")
         (folder / "top").symlink_to("/")
+        (folder / "system").symlink_to("/proc")
     shutil.rmtree(root / "valid/images")
     write_images(root / "valid/images", ["other.jpg"])  # without labels, so these are looked for everywhere
     assert counts(open_dataset(root, "train")) == {"a.jpg": 1}

@@ -24,6 +24,8 @@ SPLIT_FOLDERS = frozenset(
 """Folders that are called after a split, in lower case."""
 _DEPTH = 12
 """Levels of folders that are searched."""
+_VIRTUAL = ("/proc", "/sys")
+"""Folders that the system makes up, which hold no data and have no end."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,24 @@ def list_files(folder: Path, label_ending: str, *, skip: Callable[[Path], bool] 
         if depth < _DEPTH:
             # Folders before links to them, so that a file is known by the path at which it really lies.
             for is_link, path in sorted(folders):
-                leads_up = is_link and os.path.commonpath([real, target := os.path.realpath(path)]) == target
-                if not leads_up and (skip is None or not skip(path)):
+                followed = not is_link or _may_follow(os.path.realpath(path), real)
+                if followed and (skip is None or not skip(path)):
                     walk(path, depth + 1)
 
-    walk(folder, 0)
+    if not _is_virtual(real):
+        walk(folder, 0)
     for found in (files.images, files.labels, files.passed_over, files.special):
         found.sort()
     return files
+
+
+def _may_follow(target: str, listed: str) -> bool:
+    """Whether a link to a folder is followed in a listing; both are real paths."""
+    return os.path.commonpath([listed, target]) != target and not _is_virtual(target)
+
+
+def _is_virtual(path: str) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in _VIRTUAL)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
