@@ -369,6 +369,8 @@ class TrainConfig(Checked):
     """Split to train on, where the data has splits."""
     evaluate_split: str = "test"
     """Split to evaluate on; never trained on."""
+    allow_outside: bool = False
+    """Whether entries of annotation files and lists may name images outside the folder of the data."""
     metric: Literal["voc07", "voc", "coco"] = "voc07"
     """Which figure decides what "best" is."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

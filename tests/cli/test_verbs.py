@@ -138,6 +138,23 @@ def test_inspect(
     assert "nowhere" in refused(["inspect", "nowhere"])
 
 
+def test_images_outside_of_the_data_are_read_only_where_it_is_allowed(
+    coco_folder: Callable[..., Path], stub: Any, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    data = coco_folder()
+    (data / "val").rename(data.parent / "private")
+    listing = data / "annotations" / "instances_val.json"
+    document = json.loads(listing.read_text())
+    for image in document["images"]:
+        image["file_name"] = str(data.parent / "private" / image["file_name"])
+    listing.write_text(json.dumps(document))
+    assert cli.main(["inspect", str(data), "--split", "val"]) == 1
+    assert "outside the folder of the data" in capsys.readouterr().out
+    assert cli.main(["inspect", str(data), "--split", "val", "--allow-outside"]) == 0
+    assert "outside the folder of the data" in refused(["evaluate", "stub", str(data), "--split", "val"], 1)
+    assert cli.main(["evaluate", "stub", str(data), "--split", "val", "--allow-outside"]) == 0
+
+
 def test_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, metrics in (("good", {"mAP": 0.3712, "data": "VOC 2007", "split": "val"}), ("bare", {})):
         (tmp_path / name).mkdir()

@@ -365,3 +365,21 @@ def test_two_processes_give_the_gradients_of_one(voc_folder: FolderFactory, tmp_
         (tmp_path / name / "metrics.csv").read_text().splitlines()[1].split(",") for name in ("one", "two")
     )
     assert [float(v) for v in first[:6]] == pytest.approx([float(v) for v in second[:6]], rel=1e-4)
+
+
+def test_images_outside_of_the_data_are_trained_on_only_where_it_is_allowed(
+    coco_folder: FolderFactory, tmp_path: Path
+) -> None:
+    data = coco_folder()
+    (data / "train").rename(tmp_path / "private")
+    listing = data / "annotations" / "instances_train.json"
+    document = json.loads(listing.read_text())
+    for image in document["images"]:
+        image["file_name"] = str(tmp_path / "private" / image["file_name"])
+    listing.write_text(json.dumps(document))
+    settings: dict[str, Any] = {"iterations": 1, "evaluate_split": "none", "size_schedule": ((0, 64),)}
+    with pytest.raises(RefineDetError, match="outside the folder of the data"):
+        train(tiny(**settings), data, out=tmp_path / "run", backbone_weights="random", device="cpu")
+    allowed = tiny(**settings, allow_outside=True)
+    train(allowed, data, out=tmp_path / "run", backbone_weights="random", device="cpu")
+    assert resume(tmp_path / "run", device="cpu").finished

@@ -49,6 +49,7 @@ def evaluate(
     submission: OptionalFile = None,
     limit: OptionalCount = None,
     batch_size: int = 8,
+    allow_outside: Switch = False,
     device: Device = "auto",
 ) -> int:
     """Measure a detector on annotated images: average precision per class and its mean.
@@ -72,6 +73,7 @@ def evaluate(
             annotations.
         limit: Only the first so many images.
         batch_size: Images that go through the network at once.
+        allow_outside: Entries of annotation files and lists may name images outside the folder of the data.
         device: cpu, cuda, mps, or auto (a GPU if there is one).
     """
     check_at_least("--batch-size", batch_size)
@@ -93,7 +95,7 @@ def evaluate(
             raise UsageError("--submission takes neither --shared-classes (a server wants every class) nor --report")
         return _submit(
             user_path(submission), weights, path, split, figure or "voc07", limit=limit, batch_size=batch_size,
-            multi_scale=multi_scale, device=device,
+            multi_scale=multi_scale, allow_outside=allow_outside, device=device,
         )  # fmt: skip
     with ProgressBar("evaluating") as bar:
         measured = evaluation.evaluate(
@@ -106,6 +108,7 @@ def evaluate(
             multi_scale=multi_scale,
             shared_classes=shared_classes,
             device=device,
+            allow_outside=allow_outside,
             on_progress=bar,
         )
     say(f"{measured.table()}\n{measured.settings.seconds_per_image:.3f} s per image\nmAP {100 * measured['mAP']:.2f}")
@@ -125,6 +128,7 @@ def _submit(
     limit: int | None,
     batch_size: int,
     multi_scale: bool,
+    allow_outside: bool,
     device: str,
 ) -> int:
     """Write results for a server; print figures too where the split has annotations."""
@@ -136,7 +140,7 @@ def _submit(
     from refinedet.evaluation.submission import plan_submission, write_submission
 
     detector = RefineDet.from_pretrained(weights, device=pick_device(device))
-    dataset = open_evaluation_data(data, split, detector, require_annotations=False)
+    dataset = open_evaluation_data(data, split, detector, require_annotations=False, allow_outside=allow_outside)
     plan_submission(path, dataset, metric)
     server: Literal["voc", "coco"] = "coco" if metric == "coco" else "voc"
     runner: Detector = MultiScale(detector, server, batch_size=batch_size) if multi_scale else detector
@@ -254,7 +258,13 @@ def predict(
 
 @verb
 def inspect(
-    data: Data, /, *, split: OptionalText = None, class_names: ClassNames = None, mosaic: OptionalFile = None
+    data: Data,
+    /,
+    *,
+    split: OptionalText = None,
+    class_names: ClassNames = None,
+    mosaic: OptionalFile = None,
+    allow_outside: Switch = False,
 ) -> int:
     """Look over annotated images before training: counts, sizes, and each faulty box or file by name.
 
@@ -265,6 +275,7 @@ def inspect(
         split: Split of the data (default: every image).
         class_names: Names separated by commas that are the only ones allowed (default: those of the data).
         mosaic: Image file for a sheet of sample images with their boxes drawn.
+        allow_outside: Entries of annotation files and lists may name images outside the folder of the data.
     """
     names = class_names_in(class_names)
 
@@ -273,7 +284,7 @@ def inspect(
     path = user_path(data)
     sheet = None if mosaic is None else check_output(user_path(mosaic), inputs=[path], ours=MOSAIC_SIGNATURE)
     with ProgressBar("inspecting") as bar:
-        health = inspect_dataset(path, split=split, class_names=names, progress=bar)
+        health = inspect_dataset(path, split=split, class_names=names, allow_outside=allow_outside, progress=bar)
     say(health.render())
     if sheet is not None:
         health.write_mosaic(sheet)

@@ -121,7 +121,7 @@ def train(
     if init is not None and backbone_weights is not None:
         raise UsageError("give either a model to start from or backbone weights, not both")
     with join_world(device) as world:
-        dataset = open_joined(paths, preset.train.train_split, class_names)
+        dataset = open_joined(paths, preset.train.train_split, class_names, allow_outside=preset.train.allow_outside)
         model_config = dataclasses.replace(preset.model, num_classes=len(dataset.class_names))
         start = None if init is None else RefineDet.from_pretrained(init)
         if start is not None:
@@ -166,7 +166,12 @@ def resume(
     config = load_json(RunConfig, folder / CONFIG_FILE)
     state = load_checkpoint(folder / CHECKPOINT_FILE)
     with join_world(device) as world:
-        dataset = open_joined(config.data, config.preset.train.train_split, config.class_names)
+        dataset = open_joined(
+            config.data,
+            config.preset.train.train_split,
+            config.class_names,
+            allow_outside=config.preset.train.allow_outside,
+        )
         model = RefineDet(config.preset.model, config.class_names)
         training = _Training(folder, config, model, dataset, world, loggers)
         try:
@@ -286,7 +291,7 @@ class _Training:
             raise UsageError(
                 f"'{split}' is the training split; evaluate on another, or on none with --evaluate-split none"
             )
-        return open_joined(self.config.data, split, self.config.class_names)
+        return open_joined(self.config.data, split, self.config.class_names, allow_outside=self.settings.allow_outside)
 
     def _count_shared_images(self) -> int:
         """How many images are both trained and evaluated on; a note if there are any."""
