@@ -112,7 +112,7 @@ def test_files_of_other_tasks_are_passed_over(root: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["images/train", "train/images", "images", "."])
-def test_other_places_of_the_pictures(root: Path, place: str) -> None:
+def test_other_places_of_the_images(root: Path, place: str) -> None:
     files = list((root / "train").iterdir())
     (root / place).mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -122,7 +122,7 @@ def test_other_places_of_the_pictures(root: Path, place: str) -> None:
     assert dataset.load_image(0).shape == (64, 96, 3)
 
 
-def test_json_with_its_pictures_beside_it(root: Path, tmp_path: Path) -> None:
+def test_json_with_its_images_beside_it(root: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     shutil.copytree(root / "train", flat)
     shutil.copy(json_of(root), flat / "labels.json")

@@ -63,7 +63,7 @@ def test_rounded_numbers_at_the_edge_are_fine(root: Path) -> None:
     assert not dataset.problems
 
 
-def test_picture_without_label_file_has_no_objects(root: Path) -> None:
+def test_image_without_label_file_has_no_objects(root: Path) -> None:
     labels_of(root).unlink()
     labels_of(root, 2).write_text("")
     dataset = open_dataset(root, "train")
@@ -133,7 +133,7 @@ def test_several_folders_and_subfolders(root: Path) -> None:
     yaml(root, "train: [images/train, images/val]\ntest: images\nnames: [cat, dog]\n")
     assert len(open_dataset(root, "train")) == 6
     assert len(open_dataset(root, "test")) == 6
-    assert len(open_dataset(root)) == 6  # each picture once
+    assert len(open_dataset(root)) == 6  # each image once
     assert sum(len(record.labels) for record in open_dataset(root).records) > 6
 
 
@@ -142,7 +142,7 @@ def test_valid_means_val(root: Path) -> None:
     assert len(open_dataset(root, "train+val")) == 6
 
 
-def test_labels_beside_the_pictures(root: Path, tmp_path: Path) -> None:
+def test_labels_beside_the_images(root: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     (flat / "photos").mkdir(parents=True)
     for folder in ("images", "labels"):
@@ -220,7 +220,7 @@ def test_all_labels_lost(root: Path) -> None:
         open_dataset(root, "train")
 
 
-def test_picture_that_is_none(root: Path) -> None:
+def test_file_that_is_no_image(root: Path) -> None:
     (root / "images/train/000000.jpg").write_text("letter")
     assert_bad_file(root, root / "images/train/000000.jpg", "not an image")
 
@@ -239,7 +239,7 @@ def test_empty_split(root: Path) -> None:
         open_dataset(root, "train")
 
 
-def test_list_names_a_missing_picture(root: Path) -> None:
+def test_list_names_a_missing_image(root: Path) -> None:
     (root / "list.txt").write_text("images/train/000000.jpg\nimages/train/000002.jpg\nimages/train/gone.jpg\n")
     yaml(root, "train: list.txt\nnames: [cat, dog]\n")
     assert_bad_file(root, root / "list.txt", "line 3 names images/train/gone.jpg, which does not exist")

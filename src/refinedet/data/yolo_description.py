@@ -122,16 +122,16 @@ def find_description(path: Path) -> Path | None:
     for name in _USUAL_NAMES:
         if (path / name).is_file():
             return path / name
-    found = []
+    candidates = []
     for file in sorted([*path.glob("*.yaml"), *path.glob("*.yml")]):
         try:
             document = read_description(file).document
         except RefineDetError:
             continue
         if "names" in document and any(key in document for key in SPLITS):
-            found.append(file)
-    found = found or [file for file in sorted(path.glob("*.data")) if _is_darknet(file)]
-    return found[0] if len(found) == 1 else None
+            candidates.append(file)
+    candidates = candidates or [file for file in sorted(path.glob("*.data")) if _is_darknet(file)]
+    return candidates[0] if len(candidates) == 1 else None
 
 
 def find_names_file(path: Path) -> Path | None:

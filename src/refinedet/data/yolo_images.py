@@ -71,10 +71,10 @@ class SplitImages:
             images = {}
             for part in (part.strip() for part in split.split("+")):
                 name = choose_split(self._description.file, part, list(stated))
-                found = self._read_split(name, stated[name])
-                if not found:
+                in_split = self._read_split(name, stated[name])
+                if not in_split:
                     raise UsageError(f"{self._description.file}: split '{part}' has no images")
-                images.update(dict.fromkeys(found))
+                images.update(dict.fromkeys(in_split))
         return list(images)
 
     def _read_all(self, stated: dict[str, list[str]]) -> dict[Path, None]:

@@ -98,23 +98,23 @@ class LabelFiles:
         if folder not in self._label_folders:
             bases = [base for base in self._source.folders if is_below(folder, base)]
             base = min(bases, key=lambda base: len(base.parts), default=folder)
-            found = self._mirrors(base, folder.relative_to(base).parts)
+            places = self._mirrors(base, folder.relative_to(base).parts)
             position = _last_word(folder)
-            if not found and position is not None:
-                found = self._mirrors(Path(*folder.parts[:position]), folder.parts[position:])
-            self._label_folders[folder] = found
+            if not places and position is not None:
+                places = self._mirrors(Path(*folder.parts[:position]), folder.parts[position:])
+            self._label_folders[folder] = places
         return self._label_folders[folder]
 
     def _mirrors(self, base: Path, steps: Sequence[str]) -> list[Path]:
         """Folders of labels for ``base/steps``: a step for labels inserted, or put in place of the one for images."""
-        found: dict[Path, None] = {}
+        places: dict[Path, None] = {}
         for position in range(len(steps), -1, -1):
             rests = [steps[position:]]
             if position < len(steps) and steps[position].lower() in _IMAGE_WORDS:
                 rests.insert(0, steps[position + 1 :])
             for word in self._word_folders(base.joinpath(*steps[:position])):
-                found.update(dict.fromkeys(place for rest in rests if (place := word.joinpath(*rest)).is_dir()))
-        return list(found)
+                places.update(dict.fromkeys(place for rest in rests if (place := word.joinpath(*rest)).is_dir()))
+        return list(places)
 
     def _word_folders(self, above: Path) -> list[Path]:
         """Folders that are called labels or the like, directly in a folder."""
