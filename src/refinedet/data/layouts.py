@@ -34,11 +34,13 @@ def open_dataset(
     """Read all annotations of a split; the layout is recognised by ``detect_layout``.
 
     Args:
-        path: a VOCdevkit, one VOC year, a COCO folder or JSON file, a YOLO folder or data.yaml.
+        path: a VOCdevkit, one VOC year, a folder with VOC annotations beside the images or in folders of any name, a
+            COCO folder or JSON file, a YOLO folder or data.yaml.
         split: a name such as "train"; several joined by "+"; for a VOCdevkit also with its year, as in
             "2007:trainval+2012:trainval". None or "all" is everything. A part of it in brackets at the end, counted in
             images or in percent as in "train[:80%]" and "all[-50:]", takes so many in the data's own order: what is
-            held out where the data has no split for it.
+            held out where the data has no split for it. Where there is no split of the name, one with another name
+            for the same is taken ("valid" for "val", ``splits.choose_split``), and train and val for "trainval".
         class_names: the names in label order; by default they come from the data, in an order that does not depend
             on which files are read.
         strict: raise at the first file that cannot be used; otherwise collect ``problems`` and go on.
