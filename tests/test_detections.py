@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from refinedet.detections import Detections
-from refinedet.errors import UsageError
+from refinedet.errors import RefineDetError, UsageError
 
 NAMES = ("cat", "dog", "bird")
 
@@ -133,3 +137,129 @@ def test_supervision() -> None:
     assert isinstance(found, supervision.Detections)
     assert found.xyxy.shape == (3, 4)
     assert list(found.data["class_name"]) == ["dog", "cat", "dog"]
+
+
+# As in Python ------------------------------------------------------------------------------------------------------
+
+
+def test_one_several_and_all() -> None:
+    found = some()
+    first = found[0]
+    assert (first.name, first.label, first.box.tolist()) == ("dog", 1, [10, 20, 110, 220])
+    assert first.score == pytest.approx(0.9)
+    assert [one.name for one in found] == ["dog", "cat", "dog"] == found.names
+    assert found[-1].score == found[np.int64(2)].score == pytest.approx(0.1)
+    with pytest.raises(IndexError):
+        found[3]
+    assert found[:2].names == ["dog", "cat"]
+    assert found[::-1].scores.tolist() == found.scores[::-1].tolist()
+    assert found[found.labels == 1].names == ["dog", "dog"]
+    assert found[[2, 0]].scores.tolist() == [np.float32(0.1), np.float32(0.9)]
+    assert len(found[[]]) == len(found[[False] * 3]) == 0
+    assert (found[:1].source, found[:1].image_size) == ("a.jpg", (640, 480))
+
+
+@pytest.mark.parametrize("index", ["dog", (0, 9), [[0]], [0.5], [True, False], None])
+def test_what_picks_nothing(index: Any) -> None:
+    with pytest.raises((UsageError, IndexError)):
+        some()[index]
+
+
+def test_shapes_and_counts() -> None:
+    found = some()
+    assert found.xywh.tolist() == [[10, 20, 100, 200], [0, 0, 50.5, 60.25], [5, 5, 1, 1]]
+    assert found.areas.tolist() == [20000, 50.5 * 60.25, 1]
+    assert found.counts == {"dog": 2, "cat": 1}
+    nothing = Detections.empty(NAMES, (640, 480))
+    assert (nothing.xywh.shape, nothing.areas.shape, nothing.counts, list(nothing)) == ((0, 4), (0,), {}, [])
+
+
+def test_addition() -> None:
+    both = some() + some(scores=[0.8, 0.7, 0.6], source="b.jpg")
+    assert both.names == ["dog", "cat", "dog"] * 2
+    assert both.source is None
+    assert (some() + some()).source == "a.jpg"
+    for other in (some(image_size=(1, 1)), some(class_names=("a", "b", "c"))):
+        with pytest.raises(UsageError, match="same classes in an image of the same size"):
+            some() + other
+    with pytest.raises(TypeError):
+        some() + 3  # type: ignore[operator]
+
+
+def test_filter_takes_one_class_and_checks() -> None:
+    assert some().filter(labels="cat").names == ["cat"]  # not the classes "c", "a" and "t"
+    assert some().filter(labels=1).names == ["dog", "dog"]
+    assert some().filter(labels=np.int64(1)).names == ["dog", "dog"]
+    assert some().filter(labels=("cat", 1)).names == ["dog", "cat", "dog"]
+    for wrong in ({"threshold": 40}, {"threshold": "0.5"}, {"labels": [None]}, {"labels": [0.5]}):
+        with pytest.raises(UsageError):
+            some().filter(**wrong)  # type: ignore[arg-type]
+
+
+def test_json_text_and_table_of_pandas() -> None:
+    assert json.loads(some().to_json()) == some().to_dict()
+    pandas = pytest.importorskip("pandas")
+    frame = some().to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert frame.columns.tolist() == ["name", "label", "score", "x1", "y1", "x2", "y2", "source"]
+    assert frame[frame.name == "cat"].x2.tolist() == [50.5]
+    assert len(Detections.empty(NAMES, (4, 4)).to_dataframe()) == 0
+
+
+def test_pandas_absent_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UsageError, match="pip install pandas"):
+        some().to_dataframe()
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    Image.new("RGB", (640, 480), (9, 9, 9)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_drawing_reads_the_source_again(photo: Path) -> None:
+    found = some(source=str(photo))
+    drawn = found.draw()
+    np.testing.assert_array_equal(drawn, found.draw(np.full((480, 640, 3), 9, np.uint8)))
+    np.testing.assert_array_equal(drawn, found.draw(photo.read_bytes()))
+    assert found.draw(labels=False).sum() < drawn.sum()
+    assert found.draw(line_width=9, labels=False).sum() > 2 * found.draw(line_width=2, labels=False).sum() / 2
+    with pytest.raises(UsageError, match="give the image"):
+        some(source=None).draw()
+    with pytest.raises(RefineDetError, match="the image is 640x480, but these detections were made in one of 64x48"):
+        some(source=str(photo), image_size=(64, 48)).draw()
+    photo.unlink()
+    with pytest.raises(RefineDetError, match="no such image file"):
+        found.draw()
+
+
+def test_saving(photo: Path) -> None:
+    found = some(source=str(photo))
+    target = photo.with_name("out.jpg")
+    assert found.save(target) == target
+    assert found.save(str(target), line_width=5) == target  # ours: replaced
+    with Image.open(target) as image:
+        assert image.size == (640, 480)
+    before = photo.read_bytes()
+    for path, message in ((photo, "is an input"), (photo.with_name("a.txt"), r"JPEG or PNG")):
+        with pytest.raises(UsageError, match=message):
+            found.save(path)
+    Image.new("RGB", (3, 3)).save(photo.with_name("other.png"))
+    with pytest.raises(UsageError, match="was not written by this command"):
+        found.save(photo.with_name("other.png"))
+    assert photo.read_bytes() == before
+
+
+def test_notebooks(photo: Path) -> None:
+    found = some(source=str(photo), class_names=("cat", "<b>", "bird"))
+    content = found._repr_png_()
+    assert content is not None
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (640, 480)
+    text = found._repr_html_()
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+    assert "data:image/png;base64," in text
+    assert some(source=None)._repr_png_() is None
+    assert "<img" not in some(source="gone.jpg")._repr_html_()

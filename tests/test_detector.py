@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from conftest import make_scene
 from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.images import ImageSource
 from refinedet.model.postprocess import postprocess
 from refinedet.preprocess import preprocess
 from refinedet.presets import PRESETS
@@ -289,3 +292,86 @@ def test_saving_where_nothing_can_be_saved(model: RefineDet, tmp_path: Path) -> 
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)
     model.save_pretrained(tmp_path / "gone/deep")
     assert (tmp_path / "gone/deep/model.safetensors").is_file()
+
+
+# Every kind of source ------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_source_gives_the_same_detections(model: RefineDet, tmp_path: Path) -> None:
+    image = pictures(1)[0]
+    path = tmp_path / "folder" / "a.png"
+    path.parent.mkdir()
+    Image.fromarray(image).save(path)
+    expected = model.predict(path, threshold=None)
+    tensor = torch.from_numpy(image.copy())
+    with path.open("rb") as file, Image.open(path) as opened:
+        single: list[ImageSource] = [str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), file, opened, image,
+                                     tensor, tensor.permute(2, 0, 1), tensor.permute(2, 0, 1) / 255]  # fmt: skip
+        found = [model.predict(source, threshold=None) for source in single]
+        found.append(model(image, threshold=None))
+        many: list[Any] = [path.parent, f"{tmp_path}/**/*.png", [image], (path,), iter([image]), (p for p in [path])]
+        for source in many:
+            listed = model.predict(source, threshold=None)
+            assert isinstance(listed, list)
+            assert len(listed) == 1
+            found += listed
+    for other in found:
+        np.testing.assert_array_equal(other.boxes, expected.boxes)
+        np.testing.assert_array_equal(other.scores, expected.scores)
+    assert [one.source for one in model.predict([path, image, path.parent])] == [str(path), None, str(path)]
+
+
+def test_a_turned_photograph_opened_by_pillow_is_turned_too(model: RefineDet, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        by_pillow, by_path = model.predict(opened, threshold=None), model.predict(tmp_path / "a.jpg", threshold=None)
+    assert by_pillow.image_size == by_path.image_size == (60, 90)
+    np.testing.assert_array_equal(by_pillow.boxes, by_path.boxes)
+    assert by_pillow.draw().shape == (540, 360, 3)  # found again by its file name, and enlarged
+
+
+@pytest.mark.parametrize("wrong", [None, 7, object(), {"a": 1}, np.zeros((2, 3)), torch.zeros(1, 3, 8, 8)])
+def test_what_is_no_image_is_one_clear_error(model: RefineDet, wrong: Any) -> None:
+    for source in (wrong, [wrong]):
+        with pytest.raises(UsageError, match="is no image"):
+            model.predict(source)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"threshold": 40}, {"threshold": -1}, {"batch_size": 0}, {"batch_size": -1}, {"batch_size": 2.5},
+     {"max_pixels": 0}, {"precision": "int8"}],
+)  # fmt: skip
+def test_wrong_settings(model: RefineDet, settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        model.predict(pictures(1), **settings)
+    with pytest.raises(UsageError):
+        list(model.stream(pictures(1), **settings))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_mixed_precision(model: RefineDet, precision: Any) -> None:
+    image = pictures(1)[0]
+    full, mixed = model.predict(image, threshold=None), model.predict(image, threshold=None, precision=precision)
+    assert len(mixed) == len(full)
+    np.testing.assert_allclose(mixed.scores, full.scores, atol=0.0 if precision == "fp32" else 0.02)
+
+
+def test_half_and_what_a_model_says_of_itself() -> None:
+    torch.manual_seed(0)
+    own = RefineDet(CONFIG, ("cat", "dog"))
+    image = pictures(1)[0]
+    full = own.predict(image, threshold=None)
+    assert repr(own).startswith("RefineDet(resnet18, 128x64, 2 classes: cat, dog; ")
+    assert repr(own).endswith("M parameters, cpu, float32)")
+    assert own.half() is own
+    assert repr(own).endswith("cpu, float16)")
+    np.testing.assert_allclose(own.predict(image, threshold=None).scores, full.scores, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps", "xla", "gpu", "cuda:-1", ""])
+def test_devices_that_are_not_there(model: RefineDet, name: str) -> None:
+    with pytest.raises(UsageError, match="device"):
+        model.to(name)

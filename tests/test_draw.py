@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from refinedet.draw import class_color, draw_boxes, mosaic, plot_curves
+from refinedet.draw import class_color, draw_boxes, mosaic, read_curves
 from refinedet.errors import RefineDetError, UsageError
 
 NAMES = ("cat", "a class with quite a long name")
@@ -53,7 +51,7 @@ def test_label_is_drawn_and_stays_inside() -> None:
     for box in ([0, 0, 300, 200], [280, 0, 300, 10], [290, 190, 300, 200], [0, 190, 10, 200]):
         with_label = draw_boxes(blank(300, 200), [box], [1], NAMES, [0.875])
         filled = (with_label == class_color(1)).all(axis=2).sum()
-        assert filled > 600  # the ground of the label, more than the outline of the small boxes
+        assert filled > 300  # the ground of the label, more than the outline of the small boxes
 
 
 def test_lines_grow_with_the_image() -> None:
@@ -107,14 +105,11 @@ def test_mosaic_shows_every_image_in_proportion() -> None:
 
 
 def test_curves(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     metrics = tmp_path / "metrics.csv"
-    metrics.write_text("iteration,loss,learning_rate,mAP\n1,3.5,0.1,\n2,2.5,0.1,0.25\n3,nan,0.01,\n")
-    plot_curves(metrics, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 500
-    with pytest.raises(RefineDetError, match="cannot be written"):
-        plot_curves(metrics, tmp_path / "absent" / "curves.png")
+    metrics.write_text("iteration,loss,learning_rate,mAP\n1,3.5,0.1,\n2,2.5,0.1,0.25\n")
+    assert read_curves(metrics) == {
+        "loss": ([1, 2], [3.5, 2.5]), "learning_rate": ([1, 2], [0.1, 0.1]), "mAP": ([2], [0.25]),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -124,19 +119,57 @@ def test_curves(tmp_path: Path) -> None:
         ("", "not a table"),
         ("iteration,loss\n1,abc\n", "not a table"),
         ("iteration,loss\nx,1\n", "not a table"),
-        ("iteration,seconds\n1,2\n", "no losses"),
     ],
 )
 def test_curves_of_a_bad_file(content: str | None, message: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     metrics = tmp_path / "metrics.csv"
     if content is not None:
         metrics.write_text(content)
     with pytest.raises(RefineDetError, match=rf"metrics\.csv: .*{message}"):
-        plot_curves(metrics, tmp_path / "curves.png")
+        read_curves(metrics)
 
 
-def test_curves_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match=r"pip install 'refinedet\[report\]'"):
-        plot_curves(tmp_path / "metrics.csv", tmp_path / "curves.png")
+def widest_label(drawn: np.ndarray, label: int) -> int:
+    """Length of the longest row in the colour of a class, outlines aside, which are drawn in another colour here."""
+    rows = (drawn == class_color(label)).all(axis=2)
+    return int(max(np.flatnonzero(row).max() - np.flatnonzero(row).min() + 1 if row.any() else 0 for row in rows))
+
+
+def test_names_are_cut_to_their_boxes() -> None:
+    for width in (80, 120, 200, 400):
+        drawn = draw_boxes(blank(600, 400), [[50, 100, 50 + width, 300]], [1], NAMES, [0.875])
+        assert widest_label(drawn, 1) <= max(width, 4 * 14)
+
+
+def test_a_crowd_does_not_bury_the_image() -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 380, (80, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(8, 20, (80, 2))], axis=1)
+    drawn = draw_boxes(blank(400, 400), boxes, [1] * 80, NAMES, rng.uniform(0, 1, 80))
+    plain = draw_boxes(blank(400, 400), boxes, [1] * 80, NAMES, show_labels=False)
+    assert plain.any(axis=2).mean() < 0.15
+    assert drawn.any(axis=2).mean() < 0.75
+
+
+def test_without_labels_and_with_thick_lines() -> None:
+    drawn = draw_boxes(blank(300, 200), [[50, 60, 150, 160]], [0], NAMES, show_labels=False, line_width=7)
+    assert drawn[60:160, 50:150].any(axis=2).sum() == 100 * 100 - 86 * 86
+    assert not drawn[:60].any()
+    with pytest.raises(UsageError, match="at least 1 pixel"):
+        draw_boxes(blank(300, 200), [], [], NAMES, line_width=0)
+
+
+def test_small_images_are_enlarged_on_request() -> None:
+    for size in ((28, 28), (3, 150), (199, 1)):
+        drawn = draw_boxes(blank(*size), [[0, 0, size[0], size[1]]], [0], NAMES, enlarge=True)
+        assert max(drawn.shape) >= 480
+        assert drawn.shape[0] * size[0] == drawn.shape[1] * size[1]  # the same shape
+        for corner in ((0, 0), (-1, -1), (0, -1)):
+            assert tuple(drawn[corner]) == class_color(0)
+    assert draw_boxes(blank(200, 20), [], [], NAMES, enlarge=True).shape == (20, 200, 3)
+
+
+def test_odd_names_are_drawn() -> None:
+    for name in ("", " ", "two\nlines", "\x1b[31mred\0", "\ud800", "x" * 5000, "\N{RIGHT-TO-LEFT OVERRIDE}abc"):
+        drawn = draw_boxes(blank(300, 200), [[50, 60, 150, 160]], [0], [name], [0.5])
+        assert drawn.shape == (200, 300, 3)

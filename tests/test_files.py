@@ -15,8 +15,8 @@ import pytest
 
 from conftest import FullDisk
 from refinedet import files
+from refinedet.draw import write_image
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.outputs import write_image
 
 SIGNATURE = "detections written by refinedet"
 

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refinedet.detections import Detections
     from refinedet.detector import RefineDet
+    from refinedet.errors import RefineDetError, UsageError
     from refinedet.evaluation.evaluate import evaluate
     from refinedet.presets import PRESETS
     from refinedet.training.train import train
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "Detections", "RefineDet", "evaluate", "train"]
+__all__ = ["PRESETS", "Detections", "RefineDet", "RefineDetError", "UsageError", "evaluate", "train"]
 
 _HOMES = {
     "PRESETS": "refinedet.presets",
     "Detections": "refinedet.detections",
     "RefineDet": "refinedet.detector",
+    "RefineDetError": "refinedet.errors",
+    "UsageError": "refinedet.errors",
     "evaluate": "refinedet.evaluation.evaluate",
     "train": "refinedet.training.train",
 }

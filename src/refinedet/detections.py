@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import html
+import json
+import numbers
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from refinedet import draw
-from refinedet.errors import UsageError, did_you_mean
+from refinedet.errors import RefineDetError, UsageError, did_you_mean
+from refinedet.files import check_output, user_path
+from refinedet.images import ImageSource, read_image
 from refinedet.text import printable
+
+_NOTEBOOK_SIDE = 800
+
+
+class Detection(NamedTuple):
+    """One detected object."""
+
+    box: npt.NDArray[np.float32]
+    """(4,) xyxy in pixels of the original image."""
+    score: float
+    """0..1."""
+    label: int
+    """0..C-1."""
+    name: str
+    """Name of the class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +52,8 @@ class Detections:
         >>> found = Detections([[10, 20, 110, 220]], [0.9], [1], ("cat", "dog"), (640, 480))
         >>> found.names
         ['dog']
+        >>> found[0].name, found.counts, found.filter(labels="cat")
+        ('dog', {'dog': 1}, Detections(nothing in an image of 640x480))
         >>> found.to_coco(image_id=7)
         [{'image_id': 7, 'category_id': 1, 'bbox': [10.0, 20.0, 100.0, 200.0], 'score': 0.9}]
     """
@@ -42,7 +69,7 @@ class Detections:
     image_size: tuple[int, int]
     """Width and height of the original image in pixels."""
     source: str | None = None
-    """File the image came from, if it came from one."""
+    """Path or address the image came from, if it came from one."""
 
     def __post_init__(self) -> None:
         boxes = np.array(self.boxes, dtype=np.float32).reshape(-1, 4)
@@ -68,52 +95,101 @@ class Detections:
     @classmethod
     def empty(cls, class_names: Sequence[str], image_size: tuple[int, int], source: str | None = None) -> Detections:
         """Nothing found in an image of that (width, height)."""
-        return cls(
-            boxes=np.zeros((0, 4), np.float32),
-            scores=np.zeros(0, np.float32),
-            labels=np.zeros(0, np.int64),
-            class_names=tuple(class_names),
-            image_size=image_size,
-            source=source,
-        )
+        none = np.zeros(0)
+        return cls(none.reshape(0, 4), none, none, tuple(class_names), image_size, source)  # type: ignore[arg-type]
 
     @property
     def names(self) -> list[str]:
         """Class name of each detection."""
         return [self.class_names[label] for label in self.labels]
 
+    @property
+    def xywh(self) -> npt.NDArray[np.float32]:
+        """(D, 4) left, top, width, height in pixels."""
+        return np.concatenate([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1)
+
+    @property
+    def areas(self) -> npt.NDArray[np.float32]:
+        """(D,) areas of the boxes in square pixels."""
+        sides: npt.NDArray[np.float32] = np.maximum(self.boxes[:, 2:] - self.boxes[:, :2], 0)
+        return sides[:, 0] * sides[:, 1]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Name of each class that was found, and how often, in the order of the first of each."""
+        return dict(Counter(self.names))
+
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __iter__(self) -> Iterator[Detection]:
+        for index in range(len(self)):
+            yield self[index]
+
+    @overload
+    def __getitem__(self, index: int | np.integer[Any]) -> Detection: ...
+    @overload
+    def __getitem__(self, index: slice | npt.NDArray[Any] | Sequence[int] | Sequence[bool]) -> Detections: ...
+    def __getitem__(
+        self, index: int | np.integer[Any] | slice | npt.NDArray[Any] | Sequence[int] | Sequence[bool]
+    ) -> Detection | Detections:
+        """One detection by its number; several by a slice, a mask of D booleans, or an array of numbers."""
+        if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
+            label = int(self.labels[index])
+            return Detection(self.boxes[index], float(self.scores[index]), label, self.class_names[label])
+        chosen = index
+        if not isinstance(index, slice):
+            chosen = np.asarray(index)
+            if chosen.size == 0:
+                chosen = chosen.astype(np.int64)
+            if chosen.ndim != 1 or chosen.dtype.kind not in "iub":
+                raise UsageError("detections are picked by a number, a slice, a mask of booleans or a list of numbers")
+            if chosen.dtype.kind == "b" and len(chosen) != len(self):
+                raise UsageError(f"a mask of {len(chosen)} booleans for {len(self)} detections")
+        return replace(self, boxes=self.boxes[chosen], scores=self.scores[chosen], labels=self.labels[chosen])
+
+    def __add__(self, other: Detections) -> Detections:
+        """These detections, then the others, of the same image and classes; they are not sorted anew."""
+        if not isinstance(other, Detections):
+            return NotImplemented
+        if (self.class_names, self.image_size) != (other.class_names, other.image_size):
+            raise UsageError("only detections of the same classes in an image of the same size can be added")
+        return replace(
+            self,
+            boxes=np.concatenate([self.boxes, other.boxes]),
+            scores=np.concatenate([self.scores, other.scores]),
+            labels=np.concatenate([self.labels, other.labels]),
+            source=self.source if self.source == other.source else None,
+        )
+
     def __repr__(self) -> str:
-        counts: dict[str, int] = {}
-        for name in self.names:
-            counts[name] = counts.get(name, 0) + 1
-        what = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+        what = ", ".join(f"{count} {name}" for name, count in self.counts.items()) or "nothing"
         width, height = self.image_size
         return f"Detections({what} in {self.source or 'an image'} of {width}x{height})"
 
     def filter(
         self,
         threshold: float | None = None,
-        labels: Sequence[int | str] | None = None,
+        labels: Sequence[int | str] | int | str | None = None,
         top: int | None = None,
     ) -> Detections:
         """Fewer detections, in the same order.
 
         Args:
             threshold: Keep scores of at least this.
-            labels: Keep these classes, given by index or by name.
+            labels: Keep these classes, given by index or by name; one or several.
             top: Then keep this many of the best scores.
 
         Raises:
-            UsageError: a class that does not exist, or a negative ``top``.
+            UsageError: a class that does not exist, a threshold outside 0..1, or a negative ``top``.
         """
+        check_threshold(threshold)
         keep = np.ones(len(self), dtype=bool)
         if threshold is not None:
             keep &= self.scores >= np.float32(threshold)
         if labels is not None:
-            keep &= np.isin(self.labels, [self._label(label) for label in labels])
+            several = [labels] if isinstance(labels, (str, int, np.integer)) else labels
+            keep &= np.isin(self.labels, [self._label(label) for label in several])
         indices = np.flatnonzero(keep)
         if top is not None:
             if top < 0:
@@ -127,6 +203,8 @@ class Detections:
             if label in self.class_names:
                 return self.class_names.index(label)
             raise UsageError(f"unknown class '{label}': {did_you_mean(label, self.class_names)}")
+        if not isinstance(label, (int, np.integer)):
+            raise UsageError(f"a class is given by its name or its label, not by {label!r}")
         if not 0 <= label < len(self.class_names):
             raise UsageError(f"unknown class {label}: labels go from 0 to {len(self.class_names) - 1}")
         return int(label)
@@ -178,6 +256,32 @@ class Detections:
             ],
         }
 
+    def to_json(self) -> str:
+        """``to_dict`` as a line of JSON."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def to_dataframe(self) -> Any:
+        """A ``pandas.DataFrame`` with a row for each detection: name, label, score, x1, y1, x2, y2, source.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UsageError("pandas is not installed: pip install pandas") from None
+        x1, y1, x2, y2 = self.boxes.T
+        columns = {
+            "name": self.names,
+            "label": self.labels,
+            "score": self.scores,
+            "x1": x1,
+            "y1": y1,
+            "x2": x2,
+            "y2": y2,
+        }
+        return pandas.DataFrame({**columns, "source": [self.source] * len(self)})
+
     def to_supervision(self) -> Any:
         """The same as ``supervision.Detections`` (needs the extra ``refinedet[supervision]``).
 
@@ -195,9 +299,98 @@ class Detections:
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
-    def draw(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """A copy of the image, (H, W, 3) uint8 RGB, with these detections on it; see ``draw.draw_boxes``."""
-        return draw.draw_boxes(image, self.boxes, self.labels, self.class_names, self.scores)
+    def draw(
+        self,
+        image: ImageSource | None = None,
+        *,
+        line_width: int | None = None,
+        labels: bool = True,
+        font: str | Path | None = None,
+    ) -> npt.NDArray[np.uint8]:
+        """A copy of the image with these detections on it; very small images are enlarged.
+
+        Args:
+            image: the image, in any form that ``RefineDet.predict`` takes; by default ``source`` is read again.
+            line_width: thickness of the outlines in pixels; by default it follows the size of the image.
+            labels: whether names and scores are written.
+            font: font file for the names; by default one that has their letters.
+
+        Returns:
+            (H, W, 3) uint8 RGB.
+
+        Raises:
+            UsageError: no image is given and none is known.
+            RefineDetError: the image cannot be read, or has another size.
+        """
+        if image is None:
+            if self.source is None:
+                raise UsageError("these detections do not come from a file; give the image: draw(image)")
+            image = self.source
+        pixels = read_image(image)
+        if pixels.shape[1::-1] != self.image_size:
+            here, there = (f"{width}x{height}" for width, height in (pixels.shape[1::-1], self.image_size))
+            raise RefineDetError(f"the image is {here}, but these detections were made in one of {there}")
+        return draw.draw_boxes(
+            pixels,
+            self.boxes,
+            self.labels,
+            self.class_names,
+            self.scores,
+            line_width=line_width,
+            show_labels=labels,
+            font=font,
+            enlarge=True,
+        )
+
+    def save(self, path: str | Path, image: ImageSource | None = None, **settings: Any) -> Path:
+        """Write the drawn image to a .jpg or .png file.
+
+        Args:
+            path: the file; one that this package drew is replaced, every other is kept.
+            image: as in ``draw``.
+            **settings: of ``draw``.
+
+        Returns:
+            The path.
+
+        Raises:
+            UsageError: the file exists and was not drawn by this package, or has another ending.
+            RefineDetError: the image cannot be read, or the file cannot be written.
+        """
+        inputs = [self.source] if self.source else []
+        target = check_output(user_path(path), ours=draw.SIGNATURE, inputs=inputs)
+        draw.write_image(target, self.draw(image, **settings), draw.SIGNATURE)
+        return target
+
+    def _repr_png_(self) -> bytes | None:
+        """The drawn image, for notebooks; None where the source is not known."""
+        try:
+            drawn = Image.fromarray(self.draw())
+        except RefineDetError:
+            return None
+        drawn.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
+        content = BytesIO()
+        drawn.save(content, format="PNG")
+        return content.getvalue()
+
+    def _repr_html_(self) -> str:
+        """The drawn image and the table, for notebooks."""
+        picture = self._repr_png_()
+        image = f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}">' if picture else ""
+        return f"<div>{image}<pre>{html.escape(repr(self))}\n{html.escape(self.table())}</pre></div>"
+
+
+def check_threshold(threshold: Any) -> None:
+    """Refuse what is no score.
+
+    Raises:
+        UsageError: not None and not within 0..1.
+    """
+    if threshold is None:
+        return
+    number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)  # numpy's scalars are Real
+    if not (number and 0 <= threshold <= 1):
+        raise UsageError(f"threshold must be between 0 and 1, not {threshold!r}")
 
 
 def _shortest(values: Any) -> list[float]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import refinedet.weights
 from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
 from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.detections import Detections
+from refinedet.device import pick_device
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json, write_bytes, write_text
 from refinedet.model.anchors import level_sizes
@@ -31,6 +33,8 @@ from refinedet.sources import holds_many
 
 if TYPE_CHECKING:
     from refinedet.images import ImageSource, PixelSource
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -85,9 +89,33 @@ class RefineDet:
         """Where the network is."""
         return next(self.network.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float type of the network's parameters."""
+        return next(self.network.parameters()).dtype
+
+    def __repr__(self) -> str:
+        height, width = self.config.image_size
+        names = ", ".join(self.class_names[:3]) + (", ..." if len(self.class_names) > 3 else "")
+        millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        where = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        return (
+            f"RefineDet({self.config.backbone}, {width}x{height}, {len(self.class_names)} classes: {names}; "
+            f"{millions:.1f} M parameters, {where})"
+        )
+
     def to(self, device: str | torch.device) -> RefineDet:
-        """Move the network; returns self."""
-        self.network.to(device)
+        """Move the network; returns self.
+
+        Raises:
+            UsageError: there is no such device here.
+        """
+        self.network.to(pick_device(str(device)))
+        return self
+
+    def half(self) -> RefineDet:
+        """Turn the network's parameters into float16; returns self. Meant for GPUs."""
+        self.network.half()
         return self
 
     # The type of a path's result depends on the disk, since a folder gives a list: Any lets both be used as they are.
@@ -99,6 +127,7 @@ class RefineDet:
         threshold: float | None = ...,
         batch_size: int = ...,
         max_pixels: int | None = ...,
+        precision: Precision | None = ...,
     ) -> Detections | Any: ...
     @overload
     def predict(  # type: ignore[overload-overlap]
@@ -108,6 +137,7 @@ class RefineDet:
         threshold: float | None = ...,
         batch_size: int = ...,
         max_pixels: int | None = ...,
+        precision: Precision | None = ...,
     ) -> Detections: ...
     @overload
     def predict(
@@ -117,6 +147,7 @@ class RefineDet:
         threshold: float | None = ...,
         batch_size: int = ...,
         max_pixels: int | None = ...,
+        precision: Precision | None = ...,
     ) -> list[Detections]: ...
     def predict(
         self,
@@ -125,6 +156,7 @@ class RefineDet:
         threshold: float | None = DEFAULT_THRESHOLD,
         batch_size: int = 8,
         max_pixels: int | None = None,
+        precision: Precision | None = None,
     ) -> Detections | list[Detections]:
         """Detect objects.
 
@@ -135,6 +167,8 @@ class RefineDet:
             threshold: lowest score returned; None returns all that post-processing keeps.
             batch_size: images per run of the network; fewer where they are very large.
             max_pixels: largest width times height of an image that is read; ``images.MAX_PIXELS`` if None.
+            precision: "bf16" or "fp16" runs the network in mixed precision (autocast), which is faster on a GPU;
+                "fp32" and None leave it as it is.
 
         Returns:
             One ``Detections`` for one image, a list for many, in pixels of each image.
@@ -151,7 +185,10 @@ class RefineDet:
             (64, 48)
         """
         many = holds_many(source)
-        results = list(self.stream(source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels))
+        detections = self.stream(
+            source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels, precision=precision
+        )
+        results = list(detections)
         return results if many else results[0]
 
     __call__ = predict
@@ -163,13 +200,17 @@ class RefineDet:
         threshold: float | None = DEFAULT_THRESHOLD,
         batch_size: int = 8,
         max_pixels: int | None = None,
+        precision: Precision | None = None,
     ) -> Iterator[Detections]:
         """Detect objects in any number of images with flat memory, one ``Detections`` at a time, in order.
 
         Takes and raises what ``predict`` does; images are decoded ahead in threads.
         """
+        if precision not in (None, *get_args(Precision)):
+            raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+        model = _AtPrecision(self, precision)
         for detections, _ in predict_ahead(
-            self, sources, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels
+            model, sources, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels
         ):
             yield detections
 
@@ -180,6 +221,7 @@ class RefineDet:
         threshold: float | None = None,
         sources: Sequence[str | None] | None = None,
         size: tuple[int, int] | None = None,
+        precision: Precision | None = None,
     ) -> list[Detections]:
         """Run the network once over all ``images``.
 
@@ -189,6 +231,7 @@ class RefineDet:
             sources: file of each image, for ``Detections.source``.
             size: height and width that the images are warped to instead of ``config.image_size``, multiples of 64;
                 anchors keep their pixel sizes.
+            precision: see ``predict``.
 
         Returns:
             Detections in pixels of each image, clipped to it, best first.
@@ -202,8 +245,9 @@ class RefineDet:
         if not (height >= 64 and width >= 64 and height % 64 == 0 and width % 64 == 0):
             raise UsageError(f"size must be two multiples of 64, not {size!r}")
         inputs = torch.from_numpy(np.stack([preprocess(image, self.config, (height, width)) for image in images]))
-        with torch.inference_mode():
-            inputs = inputs.to(self.device).contiguous(memory_format=torch.channels_last)
+        mixed = torch.bfloat16 if precision == "bf16" else torch.float16
+        with torch.inference_mode(), torch.autocast(self.device.type, mixed, enabled=precision in ("bf16", "fp16")):
+            inputs = inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
             found = postprocess(evaluation_view(self.network)(inputs), self.config)
         boxes, scores, labels = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels))
         results = []
@@ -285,6 +329,19 @@ class RefineDet:
         path = folder / WEIGHTS_FILE
         load_weights(detector.network, read_safetensors(path), str(path))
         return detector.to(device)
+
+
+@dataclass(frozen=True)
+class _AtPrecision:
+    """A detector whose network runs in one precision."""
+
+    detector: RefineDet
+    precision: Precision | None
+
+    def predict_arrays(
+        self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None
+    ) -> list[Detections]:
+        return self.detector.predict_arrays(images, threshold=threshold, precision=self.precision)
 
 
 def find_weights(name: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures of results: boxes on an image, mosaics of images, curves of a training.
+"""Drawing: boxes on an image, mosaics of images, and the image files that hold them.
 
 Works on plain arrays, so that detections and targets are drawn by the same code.
 """
@@ -10,19 +10,30 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import write_atomically
+from refinedet.fonts import Font, load_font, pick_face
+
+SIGNATURE = "boxes drawn by refinedet"
+"""Written into drawn images: only such files are overwritten when a command is repeated."""
 
 _GOLDEN_RATIO = 0.6180339887498949
 _MOSAIC_BACKGROUND = (32, 32, 32)
 
 _Rectangle = tuple[int, int, int, int]
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_Color = tuple[int, int, int]
+
+_SMALL_SIDE = 200
+_ENLARGED_SIDE = 480
+"""An image whose longer side is below the first is enlarged, on request, to about the second."""
+_SMALLEST_LETTERS = 8
+_LEAST_LETTERS = 4
+"""A name that is cut to a narrow box keeps room for so many wide letters."""
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -58,29 +69,39 @@ def draw_boxes(
     class_names: Sequence[str],
     scores: npt.ArrayLike | None = None,
     *,
-    colors: Sequence[tuple[int, int, int]] | None = None,
+    colors: Sequence[_Color] | None = None,
+    line_width: int | None = None,
+    show_labels: bool = True,
+    font: str | Path | None = None,
+    enlarge: bool = False,
 ) -> npt.NDArray[np.uint8]:
     """A copy of the image with boxes and their class names on it.
 
-    Lines and letters grow with the image. Names stay inside the image and, where there is room, off each other.
-    Boxes that are not finite or lie outside the image are left out.
+    Lines and letters grow with the image. A name is no wider than its box, or four letters where the box is narrower;
+    longer ones lose their score, then their end. Names stay inside the image and off each other; of two that would
+    cover each other the one of the lower score is left out. Boxes that are not finite or lie outside the image are
+    left out.
 
     Args:
         image: (H, W, 3) uint8, RGB.
         boxes: (D, 4) xyxy pixels.
-        labels: (D,) class indices; one outside ``class_names`` is written as its number.
+        labels: (D,) class indices; one beyond ``class_names`` is written as a number.
         class_names: Name of each label.
-        scores: (D,) scores in 0..1, written as a percentage behind the name; boxes of high score are drawn on top.
-        colors: D colours, each red, green and blue, 0..255; default: those of the classes.
+        scores: (D,) values to write behind the names; also the order in which boxes lie above each other.
+        colors: Red, green and blue of each box; by default those of the labels.
+        line_width: Thickness of the outlines in pixels; by default it follows the size of the image.
+        show_labels: Whether names and scores are written.
+        font: Font file for the names; by default one that has their letters (see ``fonts``).
+        enlarge: Whether an image of less than 200 pixels is enlarged, with its boxes, so that names can be read.
 
     Returns:
-        (H, W, 3) uint8, RGB.
+        (H, W, 3) uint8, RGB; larger if it was enlarged.
 
     Raises:
-        UsageError: the image is not (H, W, 3) uint8, or the lengths of boxes, labels, scores and colours differ.
+        UsageError: arrays of other shapes or lengths, a line width below 1, or a file that is no font.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise UsageError(f"an image to draw on must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
+        raise UsageError(f"the image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
     box_array = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     label_array = np.asarray(labels, dtype=np.int64).reshape(-1)
     score_array = None if scores is None else np.asarray(scores, dtype=np.float64).reshape(-1)
@@ -94,31 +115,35 @@ def draw_boxes(
         colors = [class_color(int(label)) for label in label_array]
     elif len(colors) != len(box_array):
         raise UsageError(f"{len(box_array)} boxes but {len(colors)} colours: the numbers must be equal")
-    height, width = image.shape[:2]
-    if height == 0 or width == 0:
+    if line_width is not None and line_width < 1:
+        raise UsageError(f"line_width must be at least 1 pixel, not {line_width}")
+    if 0 in image.shape:
         return image.copy()
     # Copied once: the canvas must not share memory with the caller's array.
     canvas = Image.fromarray(np.ascontiguousarray(image)).copy()
-    draw = ImageDraw.Draw(canvas)
-    line = max(1, round(math.sqrt(width * height) / 220))
-    font_size = max(9, round(math.sqrt(width * height) / 32))
-
+    longest = max(canvas.size)
+    if enlarge and longest < _SMALL_SIDE:
+        factor = math.ceil(_ENLARGED_SIDE / longest)
+        canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
+        box_array = box_array * factor
+    names = [class_names[n] if 0 <= n < len(class_names) else f"class {n}" for n in label_array.tolist()]
+    writer = _Labels(canvas, names, line_width, font) if show_labels else None
+    line = line_width or _line_width(canvas)
     best_first = range(len(box_array)) if score_array is None else np.argsort(-score_array, kind="stable").tolist()
-    visible = []
-    for index in best_first:
-        pixels = _pixels(box_array[index], width, height)
-        if pixels is not None:
-            visible.append((index, pixels))
+    visible = [(index, _pixels(box_array[index], *canvas.size)) for index in best_first]
+    draw = ImageDraw.Draw(canvas)
     for index, pixels in reversed(visible):
-        draw.rectangle(pixels, outline=colors[index], width=line)
-    taken: list[_Rectangle] = []
+        if pixels is not None:
+            draw.rectangle(pixels, outline=colors[index], width=line)
     for index, pixels in visible:
-        label = int(label_array[index])
-        text = class_names[label] if 0 <= label < len(class_names) else f"class {label}"
-        if score_array is not None:
-            text += f" {score_array[index]:.0%}"
-        _draw_label(draw, text, colors[index], pixels, (width, height), font_size, line, taken)
+        if pixels is not None and writer is not None:
+            score = "" if score_array is None else f" {score_array[index]:.0%}"
+            writer.write(names[index], score, colors[index], pixels)
     return np.asarray(canvas)
+
+
+def _line_width(canvas: Image.Image) -> int:
+    return max(1, round(math.sqrt(canvas.width * canvas.height) / 220))
 
 
 def _pixels(box: npt.NDArray[np.float64], width: int, height: int) -> _Rectangle | None:
@@ -133,68 +158,82 @@ def _pixels(box: npt.NDArray[np.float64], width: int, height: int) -> _Rectangle
     return x1, y1, max(x1, math.ceil(right) - 1), max(y1, math.ceil(bottom) - 1)
 
 
-def _draw_label(
-    draw: ImageDraw.ImageDraw,
-    text: str,
-    color: tuple[int, int, int],
-    box: _Rectangle,
-    size: tuple[int, int],
-    font_size: int,
-    line: int,
-    taken: list[_Rectangle],
-) -> None:
-    width, height = size
-    pad = max(1, font_size // 6)
-    text, font = _fit(draw, text, font_size, width - 2 * pad)
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
-    text_width = math.ceil(right - left)
-    # The height of the font, not of these letters: labels of one picture are then equally high.
-    _, line_top, _, line_bottom = draw.textbbox((0, 0), "Ag", font=font)
-    label_width, label_height = text_width + 2 * pad, math.ceil(max(bottom, line_bottom) - min(top, line_top)) + 2 * pad
-    x1, y1, x2, y2 = box
-    places = [
-        (x1, y1 - label_height + line),
-        (x1, y1),
-        (x2 - label_width + 1, y1),
-        (x1, y2 - line + 1),
-        (x1, y2 - label_height + 1),
-        (x2 - label_width + 1, y2 - label_height + 1),
-    ]
-    # A place above the image is not moved down onto the box, where "inside" is the next place anyway.
-    chosen: _Rectangle | None = None
-    for x, y in places:
-        if y < 0 or y + label_height > height:
-            continue
-        place = _inside(x, y, label_width, label_height, width, height)
-        if not any(_overlap(place, other) for other in taken):
-            chosen = place
-            break
-    if chosen is None:
-        y = y1 - label_height + line
-        chosen = _inside(x1, y if y >= 0 else y1, label_width, label_height, width, height)
-    taken.append(chosen)
-    draw.rectangle((chosen[0], chosen[1], chosen[2] - 1, chosen[3] - 1), fill=color)
-    ink = (0, 0, 0) if _luminance(color) > 120 else (255, 255, 255)
-    draw.text((chosen[0] + pad - left, chosen[1] + pad - min(top, line_top)), text, fill=ink, font=font)
+class _Labels:
+    """Writes names beside boxes, and remembers where they stand."""
+
+    def __init__(self, canvas: Image.Image, names: Sequence[str], line: int | None, font: str | Path | None) -> None:
+        self._draw = ImageDraw.Draw(canvas)
+        self._width, self._height = canvas.size
+        self._line = line or _line_width(canvas)
+        self._size = max(10, round(math.sqrt(canvas.width * canvas.height) / 36))
+        # One face for all, so that the names of an image look alike.
+        self._face = pick_face("".join(sorted(set("".join(names)))), font)
+        self._taken: list[_Rectangle] = []
+
+    def write(self, name: str, score: str, color: _Color, box: _Rectangle) -> None:
+        """Write a name, and a score where there is room, at the box; nothing if other names leave no place."""
+        room = box[2] - box[0] + 1
+        for size in dict.fromkeys((self._size, max(_SMALLEST_LETTERS, round(self._size * 0.75)))):
+            font = load_font(self._face, size)
+            pad = max(1, size // 6)
+            widest = min(max(room, _LEAST_LETTERS * size), self._width) - 2 * pad
+            text = self._cut(_one_line(name), score, font, widest)
+            left, top, right, bottom = self._draw.textbbox((0, 0), text, font=font)
+            # The height of the font, not of these letters: labels of one image are then equally high.
+            _, line_top, _, line_bottom = self._draw.textbbox((0, 0), "Ag", font=font)
+            over = min(top, line_top)
+            sides = math.ceil(right - left) + 2 * pad, math.ceil(max(bottom, line_bottom) - over) + 2 * pad
+            place = self._place(box, *sides)
+            if place is None:
+                continue
+            self._taken.append(place)
+            self._draw.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
+            ink = (0, 0, 0) if _luminance(color) > 120 else (255, 255, 255)
+            self._draw.text((place[0] + pad - left, place[1] + pad - over), text, fill=ink, font=font)
+            return
+
+    def _cut(self, name: str, score: str, font: Font, widest: float) -> str:
+        """Name and score, the name alone, or the beginning of the name and an ellipsis, whichever fits first."""
+        for text in (name + score, name):
+            if self._draw.textlength(text, font=font) <= widest:
+                return text
+        kept = name
+        while len(kept) > 1 and self._draw.textlength(f"{kept}\N{HORIZONTAL ELLIPSIS}", font=font) > widest:
+            kept = kept[:-1].rstrip()
+        return f"{kept}\N{HORIZONTAL ELLIPSIS}"
+
+    def _place(self, box: _Rectangle, width: int, height: int) -> _Rectangle | None:
+        """The first place for a label of that size that is free: above the box, in its corners, below it."""
+        x1, y1, x2, y2 = box
+        places = [
+            (x1, y1 - height + self._line),
+            (x1, y1),
+            (x2 - width + 1, y1 - height + self._line),
+            (x2 - width + 1, y1),
+            (x1, y2 - self._line + 1),
+            (x1, y2 - height + 1),
+            (x2 - width + 1, y2 - height + 1),
+        ]
+        for x, y in places:
+            # A place above the image is not moved down onto the box, where "inside" is the next place anyway.
+            if y < 0 or y + height > self._height:
+                continue
+            place = _inside(x, y, width, height, self._width)
+            if not any(_overlap(place, other) for other in self._taken):
+                return place
+        if self._taken or height > self._height:
+            return None if self._taken else _inside(x1, 0, width, height, self._width)
+        return _inside(x1, max(0, min(y1, self._height - height)), width, height, self._width)
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, font_size: int, width: int) -> tuple[str, _Font]:
-    """The text and a font in which it is no wider than the image: smaller letters first, then fewer."""
-    size = font_size
-    while True:
-        font = ImageFont.load_default(size=size)
-        if draw.textlength(text, font=font) <= width or size <= 7:
-            break
-        size -= 1
-    while len(text) > 1 and draw.textlength(text, font=font) > width:
-        text = text[:-2] + "."
-    return text, font
+def _one_line(name: str) -> str:
+    """A name without line breaks and other characters that cannot be drawn."""
+    return "".join(letter if letter.isprintable() else " " for letter in name[:200])
 
 
-def _inside(x: int, y: int, label_width: int, label_height: int, width: int, height: int) -> _Rectangle:
+def _inside(x: int, y: int, label_width: int, label_height: int, width: int) -> _Rectangle:
     x = max(0, min(x, width - label_width))
-    y = max(0, min(y, height - label_height))
-    return x, y, min(width, x + label_width), min(height, y + label_height)
+    return x, y, min(width, x + label_width), y + label_height
 
 
 def _overlap(a: _Rectangle, b: _Rectangle) -> bool:
@@ -227,58 +266,46 @@ def mosaic(
     gap = max(2, cell // 60)
     sheet = Image.new("RGB", (across * (cell + gap) + gap, rows * (cell + gap) + gap), _MOSAIC_BACKGROUND)
     for index, image in enumerate(images):
-        picture = Image.fromarray(np.ascontiguousarray(image))
-        scale = cell / max(picture.width, picture.height)
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
+        tile = Image.fromarray(np.ascontiguousarray(image))
+        scale = cell / max(tile.width, tile.height)
+        size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
+        tile = tile.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
         row, column = divmod(index, across)
         corner = (
-            gap + column * (cell + gap) + (cell - picture.width) // 2,
-            gap + row * (cell + gap) + (cell - picture.height) // 2,
+            gap + column * (cell + gap) + (cell - tile.width) // 2,
+            gap + row * (cell + gap) + (cell - tile.height) // 2,
         )
-        sheet.paste(picture, corner)
+        sheet.paste(tile, corner)
     return np.asarray(sheet)
 
 
-def plot_curves(metrics: Path, picture: Path) -> None:
-    """Draw the curves of a run's ``metrics.csv``: losses, accuracy and learning rate over the iterations.
+def write_image(path: Path, pixels: npt.NDArray[np.uint8], signature: str) -> None:
+    """Write pixels as a JPEG or PNG file that carries a signature, by which ``files.check_output`` recognises it.
 
     Args:
-        metrics: The CSV file that ``loggers.CsvLogger`` writes; its first column is the iteration.
-        picture: The image file to write (.png, .svg or .pdf).
+        path: the file; its ending decides the encoding.
+        pixels: (H, W, 3) uint8 RGB.
+        signature: such as "boxes drawn by refinedet".
 
     Raises:
-        RefineDetError: the file cannot be read or holds nothing to draw, or the picture cannot be written.
-        UsageError: matplotlib is not installed.
+        UsageError: an ending other than .jpg, .jpeg and .png.
+        RefineDetError: the file cannot be written; what it held before is still there.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("curves need matplotlib: pip install 'refinedet[report]'") from None
-    curves = read_curves(metrics)
-    panels = [
-        ("loss", [name for name in curves if "loss" in name or name == "total" or name.startswith(("arm_", "odm_"))]),
-        ("mAP", [name for name in curves if "AP" in name]),
-        ("learning rate", [name for name in curves if "learning_rate" in name]),
-    ]
-    panels = [(title, names) for title, names in panels if names]
-    if not panels:
-        raise RefineDetError(f"{metrics}: holds no losses, no mAP and no learning rate to draw")
-    # The object interface: pyplot would keep global state and might look for a display.
-    figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
-    axes: Any = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
-    for (title, names), axis in zip(panels, axes[:, 0], strict=True):
-        for name in names:
-            steps, values = curves[name]
-            axis.plot(steps, values, label=name, linewidth=1, marker="o" if len(steps) < 30 else None, markersize=3)
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    axes[-1, 0].set_xlabel("iteration")
-    try:
-        figure.savefig(picture, dpi=120)
-    except (OSError, ValueError) as error:
-        raise RefineDetError(f"{picture}: cannot be written ({error})") from None
+    ending = path.suffix.lower()
+    if ending not in (".jpg", ".jpeg", ".png"):
+        raise UsageError(f"{path}: images are written as JPEG or PNG; name a .jpg or .png file")
+
+    def write(part: Path) -> None:
+        image = Image.fromarray(pixels)
+        if ending == ".png":
+            text = PngImagePlugin.PngInfo()
+            text.add_text("Software", signature)
+            image.save(part, format="PNG", pnginfo=text)
+        else:
+            # Full colour resolution: halved chroma would smear thin lines.
+            image.save(part, format="JPEG", quality=92, subsampling=0, comment=signature)
+
+    write_atomically(path, write)
 
 
 def read_curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:

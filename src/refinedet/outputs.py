@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, PngImagePlugin
-
 from refinedet.detections import Detections
-from refinedet.errors import UsageError
+from refinedet.draw import SIGNATURE, write_image
 from refinedet.fetch import is_address
-from refinedet.files import has_signature, json_text, write_atomically
+from refinedet.files import has_signature, json_text
 from refinedet.pixels import Pixels
 from refinedet.text import printable
 
-SIGNATURE = "boxes drawn by refinedet"
-"""Written into drawn copies: only such files are overwritten when a command is repeated."""
 JSON_SIGNATURE = "detections written by refinedet"
 _LARGEST_JPEG_SIDE = 16_000
 _LONGEST_STEM = 200
@@ -67,35 +63,6 @@ class DrawnCopies:
                 self._names.add(name.lower())
                 return target
             number += 1
-
-
-def write_image(path: Path, pixels: Pixels, signature: str) -> None:
-    """Write pixels as a JPEG or PNG file that carries a signature, by which ``files.check_output`` recognises it.
-
-    Args:
-        path: the file; its ending decides the encoding.
-        pixels: (H, W, 3) uint8 RGB.
-        signature: such as "boxes drawn by refinedet".
-
-    Raises:
-        UsageError: an ending other than .jpg, .jpeg and .png.
-        RefineDetError: the file cannot be written; what it held before is still there.
-    """
-    ending = path.suffix.lower()
-    if ending not in (".jpg", ".jpeg", ".png"):
-        raise UsageError(f"{path}: images are written as JPEG or PNG; name a .jpg or .png file")
-
-    def write(part: Path) -> None:
-        image = Image.fromarray(pixels)
-        if ending == ".png":
-            text = PngImagePlugin.PngInfo()
-            text.add_text("Software", signature)
-            image.save(part, format="PNG", pnginfo=text)
-        else:
-            # Full colour resolution: halved chroma would smear thin lines.
-            image.save(part, format="JPEG", quality=92, subsampling=0, comment=signature)
-
-    write_atomically(path, write)
 
 
 def _is_free(path: Path) -> bool:

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Protocol
 
 from refinedet.config import DEFAULT_THRESHOLD
-from refinedet.detections import Detections
+from refinedet.detections import Detections, check_threshold
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.pixels import Pixels
 from refinedet.sources import OneImage, decode_ahead, list_images
@@ -63,22 +62,12 @@ def predict_ahead(
                         raise decoded.error
                     on_error(decoded.item, decoded.error)
             batch.clear()
+            del decoded
             if not readable:
                 continue
             answers = model.predict_arrays([pixels for _, pixels in readable], threshold=threshold)
-            for (image, pixels), detections in zip(readable, answers, strict=True):
-                yield dataclasses.replace(detections, source=image.file), pixels
-            readable.clear()
-
-
-def check_threshold(threshold: Any) -> None:
-    """Refuse what is no score.
-
-    Raises:
-        UsageError: not None and not within 0..1.
-    """
-    if threshold is None:
-        return
-    number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)  # numpy's scalars are Real
-    if not (number and 0 <= threshold <= 1):
-        raise UsageError(f"threshold must be between 0 and 1, not {threshold!r}")
+            answers.reverse()
+            readable.reverse()
+            while readable:
+                # Popped, so that nothing here holds the pixels of an image that the caller is done with.
+                yield dataclasses.replace(answers.pop(), source=readable[-1][0].file), readable.pop()[1]

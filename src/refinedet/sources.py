@@ -385,7 +385,18 @@ class _Pipeline(Generic[ItemT]):
                 return
             self._counting.popleft()
             self._held += pixels
-            self._decoding.append((item, pixels, error or self._pool.submit(self._read, item)))
+            # A very large image is alone anyway; in this thread its memory is used again for the next of its kind.
+            run = self._pool.submit if pixels <= self._bound else _run_here
+            self._decoding.append((item, pixels, error or run(self._read, item)))
+
+
+def _run_here(read: Callable[[ItemT], Pixels], item: ItemT) -> Future[Pixels] | RefineDetError:
+    future: Future[Pixels] = Future()
+    try:
+        future.set_result(read(item))
+    except RefineDetError as error:
+        return error
+    return future
 
 
 def _decoded(item: ItemT, decoding: Future[Pixels] | RefineDetError) -> Decoded[ItemT]:

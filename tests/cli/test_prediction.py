@@ -12,6 +12,7 @@ from PIL import Image, ImageFile
 
 from conftest import FullDisk
 from refinedet import cli
+from refinedet.fonts import BUNDLED
 from refinedet.presets import PRESETS
 
 LOAD = ImageFile.ImageFile.load
@@ -30,7 +31,7 @@ def test_predict_table_copies_and_json(
     assert sorted(file.name for file in out.iterdir()) == ["a-2.jpg", "a.jpg", "b.png"]
     assert stub.batches == [2, 1] * 2
     assert [path.read_bytes() for path in paths] == before
-    assert np.asarray(Image.open(out / "a-2.jpg")).shape == (20, 60, 3)
+    assert np.asarray(Image.open(out / "a-2.jpg")).shape == (160, 480, 3)  # very small images are enlarged
     values = json.loads(result.read_text())
     assert [image["source"] for image in values["images"]] == [str(path) for path in paths]
     assert values["images"][0]["detections"] == [
@@ -42,6 +43,31 @@ def test_predict_table_copies_and_json(
     assert f"{paths[0]}  40x30  1 object\n" in output.out
     assert "dog" in output.out
     assert f"drawn: 3 images in {out}" in output.out
+
+
+def test_how_copies_are_drawn(
+    stub: Any,
+    photo: Callable[..., Path],
+    tmp_path: Path,
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = photo("a.png", (300, 200))
+    drawn = {}
+    for name, flags in {"names": [], "plain": ["--no-labels"], "thick": ["--no-labels", "--line-width", "9"],
+                        "font": ["--font", str(BUNDLED)]}.items():  # fmt: skip
+        assert cli.main(["predict", "stub", str(image), "--save", str(tmp_path / name), *flags]) == 0
+        with Image.open(tmp_path / name / "a.png") as opened:
+            drawn[name] = (np.asarray(opened) != np.asarray(Image.open(image))).any(axis=2).sum()
+    assert drawn["plain"] < drawn["names"] == drawn["font"]
+    assert drawn["thick"] > 4 * drawn["plain"]
+    capsys.readouterr()
+    for flags, message in ((["--line-width", "0"], "--line-width must be at least 1"),
+                           (["--max-pixels", "0"], "--max-pixels must be at least 1"),
+                           (["--font", str(image)], "not a font that can be read")):  # fmt: skip
+        assert message in refused(["predict", "stub", str(image), *flags])
+    message = refused(["predict", "stub", str(image), "--max-pixels", "59999"], 1)
+    assert "image is too large (300x200): more than 59,999 pixels" in message
 
 
 def test_predict_threshold(stub: Any, photo: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

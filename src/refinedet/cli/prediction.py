@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
 from refinedet.cli.terminal import fail, note, say
 from refinedet.data.classes import coco_category_ids
 from refinedet.detections import Detections
+from refinedet.draw import SIGNATURE
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import (
     STANDARD_OUTPUT,
@@ -27,9 +29,9 @@ from refinedet.files import (
     user_path,
     write_text,
 )
+from refinedet.fonts import check_font
 from refinedet.outputs import (
     JSON_SIGNATURE,
-    SIGNATURE,
     DrawnCopies,
     coco_image_ids,
     coco_json,
@@ -46,12 +48,30 @@ class Detector(Protocol):
     config: Any
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How drawn copies look; see ``Detections.draw``.
+
+    Raises:
+        UsageError: ``font`` is no font that can be read.
+    """
+
+    line_width: int | None = None
+    labels: bool = True
+    font: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.font is not None:
+            object.__setattr__(self, "font", check_font(user_path(self.font)))
+
+
 class PredictionOutputs:
     """The outputs that a call asks for; they are checked when this is made, before the work starts.
 
     Args:
         files: The images, all of them.
         save: Folder for drawn copies.
+        drawing: How they look.
         json_file: File for all detections, at the end.
         jsonl: File for the detections of each image, as they come.
         coco: Whether ``json_file`` is a list of COCO results.
@@ -67,6 +87,7 @@ class PredictionOutputs:
         files: Sequence[str],
         *,
         save: Path | None = None,
+        drawing: Drawing | None = None,
         json_file: Path | None = None,
         jsonl: Path | None = None,
         coco: bool = False,
@@ -89,6 +110,7 @@ class PredictionOutputs:
             self._image_ids = dict(zip(files, ids, strict=True))
         folder = None if save is None else check_output_folder(user_path(save), ours=SIGNATURE)
         self._copies = None if folder is None else DrawnCopies(folder, files)
+        self._drawing = drawing or Drawing()
         self._images, self._total = 0, len(files)
         self._model, self._detector, self._threshold = "", None, 0.0
         self._stream: IO[bytes] | None = None
@@ -149,7 +171,9 @@ class PredictionOutputs:
         if table:
             self._show(paragraph(detections))
         if self._copies is not None:
-            self._copies.write(detections.source, detections.draw(pixels))
+            look = self._drawing
+            drawn = detections.draw(pixels, line_width=look.line_width, labels=look.labels, font=look.font)
+            self._copies.write(detections.source, drawn)
         self._write_line(detections.to_dict())
         self._images += 1
         if self._json is not None:

@@ -191,6 +191,9 @@ def predict(
     *,
     threshold: float = DEFAULT_THRESHOLD,
     save: OptionalFolder = None,
+    line_width: OptionalCount = None,
+    no_labels: Switch = False,
+    font: OptionalFile = None,
     json: OptionalFile = None,
     json_format: Literal["refinedet", "coco"] = "refinedet",
     coco_images: OptionalFile = None,
@@ -198,6 +201,7 @@ def predict(
     recursive: Switch = False,
     quiet: Switch = False,
     batch_size: int = 8,
+    max_pixels: OptionalCount = None,
     device: Device = "auto",
 ) -> int:
     """Detect objects in images: a table on the terminal and, on request, drawn copies and JSON.
@@ -210,6 +214,9 @@ def predict(
         images: Files, folders and quoted patterns such as 'photos/*.jpg'.
         threshold: Keep detections that score at least this.
         save: Folder for copies with the boxes drawn on; the originals are never touched.
+        line_width: Thickness of the drawn boxes in pixels (default: it follows the size of the image).
+        no_labels: Draw the boxes without names and scores.
+        font: Font file for the drawn names (default: one that has their letters).
         json: File for the detections as JSON, written at the end; '-' is standard output, without the table.
         json_format: Our own layout (per image; xyxy boxes, names), or COCO results (one list; x, y, width, height).
         coco_images: COCO annotation file from which COCO results take the image ids, by file name (default: the numbers
@@ -219,13 +226,16 @@ def predict(
         recursive: Search the subfolders of folders too.
         quiet: Print no tables, only errors and where the results are.
         batch_size: Images that go through the network at once.
+        max_pixels: Largest width times height of an image that is read (default: 178,956,970).
         device: cpu, cuda, mps, or auto (a GPU if there is one).
     """
     check_at_least("--batch-size", batch_size)
+    check_at_least("--line-width", line_width)
+    check_at_least("--max-pixels", max_pixels)
     if not 0 <= threshold <= 1:
         raise UsageError(f"--threshold must be between 0 and 1, not {threshold}")
 
-    from refinedet.cli.prediction import PredictionOutputs
+    from refinedet.cli.prediction import Drawing, PredictionOutputs
     from refinedet.sources import find_images
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
@@ -233,7 +243,13 @@ def predict(
     if passed_over := found.note():
         note(passed_over)
     outputs = PredictionOutputs(
-        found.files, save=save, json_file=json, jsonl=jsonl, coco=json_format == "coco", coco_images=coco_images
+        found.files,
+        save=save,
+        drawing=Drawing(line_width, labels=not no_labels, font=font),
+        json_file=json,
+        jsonl=jsonl,
+        coco=json_format == "coco",
+        coco_images=coco_images,
     )
 
     from refinedet.detector import RefineDet
@@ -248,10 +264,12 @@ def predict(
             found.files,
             threshold=threshold,
             batch_size=batch_size,
+            max_pixels=max_pixels,
             on_error=lambda image, error: outputs.add_failure(image.name, error),
         )
         for detections, pixels in results:
             outputs.add(detections, pixels, table=table)
+            del pixels  # Otherwise the image would stay in memory while the next is decoded.
             bar(outputs.count)
     return 1 if outputs.failed else 0
 

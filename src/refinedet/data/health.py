@@ -13,10 +13,10 @@ from refinedet.data.layouts import list_splits, open_dataset
 from refinedet.data.mosaic import draw_mosaic
 from refinedet.data.problems import NO_ANNOTATION, REPEATED, UNREADABLE, Problem, describe_kinds
 from refinedet.data.records import DetectionDataset
+from refinedet.draw import write_image
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import check_output
 from refinedet.images import read_image
-from refinedet.outputs import write_image
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Of the sizes of boxes: smallest, 5%, quarter, median, three quarters, 95%, largest."""
