@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from refinedet import cli
-from refinedet.cli.arguments import OTHER_PROGRAMS
 from refinedet.cli.training import SHORT_HELP
 
 
@@ -78,9 +77,20 @@ def test_one_line_names_the_argument(command: str, message: str, refused: Callab
     assert line.count("error") == 1
 
 
-def test_words_of_other_programs_are_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    words = set(help_of(["predict", "--help"], capsys).split()) | set(help_of(["train", "--help-all"], capsys).split())
-    assert not words & set(OTHER_PROGRAMS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "predict a b --batch-size",
+        "predict a b --threshold",
+        "predict a b --json-format",
+        "evaluate a b",
+        "models",
+        "--",
+    ],
+)
+def test_long_values_are_cut(command: str, refused: Callable[..., str]) -> None:
+    for value in ("x/" * 3000, "9" * 6000, "-" * 5000):
+        assert len(refused([*command.split(), value])) < 400
 
 
 def test_flags_are_as_the_annotations_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +109,19 @@ def test_flags_are_as_the_annotations_say(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(cli.VERBS, "models", models)
     assert cli.main(["models", "--names", "a", "b", "--count=5"]) == 7
     assert seen == [(("a", "b"), 5)]
+
+
+def test_a_flag_of_ours_goes_before_a_word_of_others(
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    def models(*, source: str = "") -> int:
+        """Models.
+
+        Args:
+            source: Where from.
+        """
+        return 0
+
+    monkeypatch.setitem(cli.VERBS, "models", models)
+    assert cli.main(["models", "--source", "a"]) == 0
+    assert "unknown option '--sorce': did you mean '--source'?" in refused(["models", "--source", "a", "--sorce", "b"])

@@ -91,17 +91,21 @@ def _explanation(event: tyro_errors.ParseErrorEvent, flags: Sequence[str]) -> st
         return f"missing: {', '.join(_name(missing.arg) for missing in event.missing_arguments)}"
     if isinstance(event, tyro_errors.InvalidChoice):
         choices = ", ".join(f"'{choice}'" for choice in event.choices)
-        return f"{_name(event.argument)} must be one of {choices}, not '{event.value}'"
+        return f"{_name(event.argument)} must be one of {choices}, not '{_short(event.value)}'"
     if isinstance(event, tyro_errors.BadValue):
         return f"{_name(event.argument)} needs a value: {_name(event.argument)} {event.argument.lowered.metavar or ''}"
     if isinstance(event, tyro_errors.InstantiationFailure):
-        given = re.search(r"'([^']*)'\s*$", event.message)
+        given = re.search(r"'([^'\n]*)'?\s*$", event.message)
         if event.argument is None or given is None:
-            return event.message.splitlines()[0]
+            return _short(event.message.splitlines()[0])
         kinds = (event.argument.lowered.metavar or "").split("|")
         wanted = " or ".join(_KINDS.get(kind, kind) for kind in reversed(kinds))
-        return f"{_name(event.argument)} must be {wanted}, not '{given[1]}'"
+        return f"{_name(event.argument)} must be {wanted}, not '{_short(given[1])}'"
     return "the arguments were not understood"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def _name(argument: Any) -> str:
@@ -113,7 +117,7 @@ def _name(argument: Any) -> str:
 def _unknown(tokens: Sequence[str], flags: Sequence[str]) -> str:
     option = next((token for token in tokens if token.startswith("-")), None)
     if option is None:
-        return f"unexpected argument '{tokens[0]}'"
-    name = option.split("=")[0]
+        return f"unexpected argument '{_short(tokens[0])}'"
+    name = _short(option.split("=")[0])
     hint = did_you_mean(name, flags)
     return f"unknown option '{name}'" + ("" if hint.startswith("known") else f": {hint}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
-from refinedet.cli.terminal import fail, note, say
+from refinedet.cli.terminal import fail, note, say, terminable
 from refinedet.data.classes import coco_category_ids
 from refinedet.detections import Detections
 from refinedet.draw import SIGNATURE
@@ -144,6 +144,7 @@ class PredictionOutputs:
             RefineDetError: an output cannot be written.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(terminable())
             if self._jsonl is not None:
                 self._stream = stack.enter_context(self._opened(self._jsonl))
                 self._write_line({"generator": JSON_SIGNATURE, **_header(model, detector, threshold)})
@@ -155,7 +156,7 @@ class PredictionOutputs:
                     self._finish(model, detector, threshold)
                 if isinstance(error, KeyboardInterrupt):
                     kept = "; their results are saved" if self._json or self._jsonl or self._copies else ""
-                    raise KeyboardInterrupt(f"{self.count} of {self._total} images were done{kept}") from None
+                    raise type(error)(f"{self.count} of {self._total} images were done{kept}") from None
                 raise
             self._finish(model, detector, threshold)
         if self._broken is not None and not isinstance(self._broken, BrokenPipeError):

@@ -1,8 +1,8 @@
 """How a command behaves towards the terminal: what it prints, how it fails, and with which exit code.
 
 Whatever happens, a command ends with an exit code and at most one line about it on standard error: 0 done, 1 the work
-failed, 2 the call was wrong, 130 interrupted, 141 the reader of the output went away. A traceback is shown only where
-the environment variable ``REFINEDET_DEBUG`` is 1.
+failed, 2 the call was wrong, 130 interrupted, 143 terminated, 141 the reader of the output went away. A traceback is
+shown only where the environment variable ``REFINEDET_DEBUG`` is 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TextIO
@@ -21,6 +23,8 @@ from refinedet.files import failure_reason
 from refinedet.text import printable
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch-size or smaller images"
+_LONGEST = 2000
+"""Characters of an error message; what a file or an argument holds may be longer."""
 _LIBRARIES = {"PIL": "Pillow", "torch": "torch", "torchvision": "torchvision", "numpy": "numpy"}
 
 
@@ -35,7 +39,9 @@ def run(command: Callable[[], int]) -> int:
         except RefineDetError as error:
             return fail(str(error), error.exit_code)
         except KeyboardInterrupt as interrupt:
-            return fail("interrupted" + (f": {interrupt}" if str(interrupt) else ""), 130)
+            terminated = isinstance(interrupt, Terminated)
+            what = "terminated" if terminated else "interrupted"
+            return fail(what + (f": {interrupt}" if str(interrupt) else ""), 143 if terminated else 130)
         except BrokenPipeError:
             _discard(sys.stdout)
             return 141
@@ -43,6 +49,27 @@ def run(command: Callable[[], int]) -> int:
             return fail(OUT_OF_MEMORY, 1)
         except Exception as error:
             return _unexpected(error)
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); what catches an interrupt catches this too."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """While the block runs, SIGTERM raises ``Terminated`` instead of ending the process at once."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unexpected(error: Exception) -> int:
@@ -83,7 +110,7 @@ def note(text: str) -> None:
 
 def fail(message: str, code: int) -> int:
     """Print why a command or an image failed; returns ``code``."""
-    note(f"error: {message}")
+    note(f"error: {message if len(message) <= _LONGEST else message[:_LONGEST] + '...'}")
     return code
 
 
