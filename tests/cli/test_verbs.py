@@ -151,6 +151,9 @@ def test_images_outside_of_the_data_are_read_only_where_it_is_allowed(
     assert cli.main(["inspect", str(data), "--split", "val"]) == 1
     assert "outside the folder of the data" in capsys.readouterr().out
     assert cli.main(["inspect", str(data), "--split", "val", "--allow-outside"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", str(data), "--allow-outside"]) == 0
+    assert "splits             train 3, val 3" in capsys.readouterr().out
     assert "outside the folder of the data" in refused(["evaluate", "stub", str(data), "--split", "val"], 1)
     assert cli.main(["evaluate", "stub", str(data), "--split", "val", "--allow-outside"]) == 0
 

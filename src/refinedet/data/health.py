@@ -199,7 +199,7 @@ def inspect_dataset(
         path=dataset.path,
         layout=dataset.layout,
         split=dataset.split,
-        splits=_count_splits(path, split, class_names),
+        splits=_count_splits(path, split, class_names, allow_outside=allow_outside),
         images=len(dataset),
         boxes=sum(len(record.labels) for record in dataset.records),
         images_without_objects=sum(len(record.labels) == 0 for record in dataset.records),
@@ -238,7 +238,7 @@ def _count_classes(dataset: DetectionDataset) -> tuple[ClassCount, ...]:
 
 
 def _count_splits(
-    path: str | Path, split: str | None, class_names: Sequence[str] | None
+    path: str | Path, split: str | None, class_names: Sequence[str] | None, *, allow_outside: bool
 ) -> tuple[tuple[str, int | None], ...]:
     """Every split with its number of images, or only the names where a single split is looked at."""
     counts: list[tuple[str, int | None]] = []
@@ -247,7 +247,8 @@ def _count_splits(
             counts.append((name, None))
             continue
         try:
-            counts.append((name, len(open_dataset(path, name, class_names, strict=False))))
+            dataset = open_dataset(path, name, class_names, strict=False, allow_outside=allow_outside)
+            counts.append((name, len(dataset)))
         except RefineDetError:  # an empty list, say
             counts.append((name, 0))
     return tuple(counts)

@@ -99,10 +99,11 @@ class RunData:
 
     def _open(self, paths: list[str], split: str) -> DetectionDataset:
         classes = self.config.get("classes")
+        allowed = self.config["preset"]["train"].get("allow_outside") is True
         if not classes:
-            return open_joined(paths, split, tuple(self.config["class_names"]))
+            return open_joined(paths, split, tuple(self.config["class_names"]), allow_outside=allowed)
         # Only some of the data's classes were trained on.
-        dataset = open_joined(paths, split)
+        dataset = open_joined(paths, split, allow_outside=allowed)
         return dataset.only_classes([dataset.class_names.index(name) for name in classes])
 
     def _listed(self, name: str) -> DetectionDataset:
