@@ -119,6 +119,15 @@ def test_images_that_cannot_be_read_are_counted(yaml_folder: YamlFolder) -> None
     assert "1 image with the ending .heic passed over" in str(dataset.repaired())
 
 
+def test_the_label_of_an_image_that_cannot_be_read_is_that_ones(yaml_folder: YamlFolder) -> None:
+    """It is not taken for one of another name that c.jpg may have lost: that image shows nothing."""
+    root = yaml_folder(["a.jpg", "c.jpg"], ["a.txt", "b.txt"])
+    (root / "train/images/b.HEIC").touch()
+    dataset = open_dataset(root, "train")
+    assert counts(dataset) == {"a.jpg": 1, "c.jpg": 0}
+    assert dataset.repaired() == "1 image with the ending .heic passed over"
+
+
 def test_a_pipe_is_no_label_file(yaml_folder: YamlFolder) -> None:
     root = yaml_folder(["a.jpg", "b.jpg"], ["a.txt"])
     os.mkfifo(root / "train/labels/b.txt")

@@ -67,7 +67,8 @@ class LabelFiles:
         labels: dict[Path, None] = {}
         for folder in folders:
             own = list_files(folder, LABEL_ENDING, skip=lambda _: True)
-            images += own.images
+            # Images that cannot be read still are the ones that their label files belong to.
+            images += [*own.images, *own.passed_over]
             labels.update(dict.fromkeys(own.labels))
             for place in self._folders_of_labels(folder):
                 # What mirrors another folder of images is that one's.
@@ -83,7 +84,7 @@ class LabelFiles:
             if folder.is_dir():
                 below = list_files(folder, LABEL_ENDING)
                 labels = [label for label in below.labels if label not in seen and self._is_label(label)]
-                files.add(FolderFiles(images=below.images, labels=labels))
+                files.add(FolderFiles(images=[*below.images, *below.passed_over], labels=labels))
         return files
 
     def _is_label(self, file: Path) -> bool:
