@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from refinedet import sources
 from refinedet.config import ModelConfig
 from refinedet.data.layouts import open_dataset
 from refinedet.data.records import DetectionDataset, Record
@@ -323,8 +324,8 @@ def test_shared_classes_of_equal_ones_change_nothing(voc_folder: FolderFactory) 
     ("arguments", "message"),
     [
         ({"metric": "voc7"}, "unknown metric 'voc7': must be one of voc07, voc, coco"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"threads": 0}, "threads must be a whole number of at least 1"),
         ({"limit": 0}, "limit must be at least 1"),
     ],
 )
@@ -399,7 +400,7 @@ def test_decoding_stays_a_few_batches_ahead() -> None:
 
 def test_large_images_are_held_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels held are bounded, not images: batches shrink, and none is decoded ahead."""
-    monkeypatch.setattr(evaluate_module, "_PIXELS_AT_ONCE", 100)
+    monkeypatch.setattr(sources, "PIXELS_AHEAD", 100)
     one = Record(
         Path("none.jpg"), "none", 8, 8, np.array([[0, 0, 8, 8]], np.float32), np.zeros(1, np.int64),
         np.zeros(1, bool), np.zeros(1, bool), np.array([64], np.float32),

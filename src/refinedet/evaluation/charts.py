@@ -65,31 +65,16 @@ def line_chart(
     left = 24.0 + _LETTER * max(len(short(value)) for value in y_ticks)
     right, top, bottom = width - 12.0 - _LETTER * longest, 10.0, height - 36.0
 
-    def place_x(value: float) -> float:
-        return left + (right - left) * (value - x_range[0]) / ((x_range[1] - x_range[0]) or 1.0)
-
-    def place_y(value: float) -> float:
-        return bottom - (bottom - top) * (value - y_range[0]) / ((y_range[1] - y_range[0]) or 1.0)
-
+    frame = _Frame(left, right, top, bottom, x_range, y_range)
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>",
+        *_axes(frame, axes, x_ticks, y_ticks),
     ]
-    for value in y_ticks:
-        y = _number(place_y(value))
-        parts.append(f'<path class="grid" d="M{_number(left)} {y}H{_number(right)}"/>')
-        parts.append(f'<text class="tick end" x="{_number(left - 6)}" y="{y}" dy=".35em">{short(value)}</text>')
-    for value in x_ticks:
-        x = _number(place_x(value))
-        parts.append(f'<path class="grid" d="M{x} {_number(top)}V{_number(bottom)}"/>')
-        parts.append(f'<text class="tick middle" x="{x}" y="{_number(bottom + 14)}">{short(value)}</text>')
-    middle_x, middle_y = _number((left + right) / 2), _number((top + bottom) / 2)
-    parts.append(f'<text class="axis middle" x="{middle_x}" y="{_number(height - 5)}">{escape(axes[0])}</text>')
-    parts.append(f'<text class="axis middle" transform="translate(10 {middle_y}) rotate(-90)">{escape(axes[1])}</text>')
     ends: list[tuple[float, int, str]] = []
     for number, line in reversed(list(enumerate(lines, start=1))):
         points = [
-            (place_x(x), min(max(place_y(y), top), bottom))
+            (frame.x(x), min(max(frame.y(y), top), bottom))
             for x, y in zip(line.x, line.y, strict=True)
             if math.isfinite(x) and math.isfinite(y)
         ]
@@ -103,7 +88,7 @@ def line_chart(
             ]
         ends.append((points[-1][1], number, line.name))
     if dot is not None:
-        parts.append(f'<circle class="dot" cx="{_number(place_x(dot[0]))}" cy="{_number(place_y(dot[1]))}" r="4"/>')
+        parts.append(f'<circle class="dot" cx="{_number(frame.x(dot[0]))}" cy="{_number(frame.y(dot[1]))}" r="4"/>')
     if named:
         for end, number, name in _apart(ends, top, bottom):
             parts.append(
@@ -112,6 +97,46 @@ def line_chart(
             )
     parts.append("</svg>")
     return "".join(parts)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where the lines of a chart are drawn, in units of the view box, and the values at its edges."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x_range: Range
+    y_range: Range
+
+    def x(self, value: float) -> float:
+        """Position of a value of x."""
+        low, high = self.x_range
+        return self.left + (self.right - self.left) * (value - low) / ((high - low) or 1.0)
+
+    def y(self, value: float) -> float:
+        """Position of a value of y."""
+        low, high = self.y_range
+        return self.bottom - (self.bottom - self.top) * (value - low) / ((high - low) or 1.0)
+
+
+def _axes(frame: _Frame, axes: tuple[str, str], x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
+    """Grid lines with their values, and what x and y are."""
+    left, right, top, bottom = (_number(v) for v in (frame.left, frame.right, frame.top, frame.bottom))
+    parts = []
+    for value in y_ticks:
+        y = _number(frame.y(value))
+        parts.append(f'<path class="grid" d="M{left} {y}H{right}"/>')
+        parts.append(f'<text class="tick end" x="{_number(frame.left - 6)}" y="{y}" dy=".35em">{short(value)}</text>')
+    for value in x_ticks:
+        x = _number(frame.x(value))
+        parts.append(f'<path class="grid" d="M{x} {top}V{bottom}"/>')
+        parts.append(f'<text class="tick middle" x="{x}" y="{_number(frame.bottom + 14)}">{short(value)}</text>')
+    middle_x, middle_y = _number((frame.left + frame.right) / 2), _number((frame.top + frame.bottom) / 2)
+    parts.append(f'<text class="axis middle" x="{middle_x}" y="{_number(frame.bottom + 31)}">{escape(axes[0])}</text>')
+    parts.append(f'<text class="axis middle" transform="translate(10 {middle_y}) rotate(-90)">{escape(axes[1])}</text>')
+    return parts
 
 
 def round_ticks(low: float, high: float, most: int = 5) -> list[float]:

@@ -10,16 +10,11 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
-
-import numpy as np
-import numpy.typing as npt
 
 from refinedet.data import DetectionDataset, list_splits, open_dataset
 from refinedet.errors import RefineDetError, UsageError
@@ -27,11 +22,12 @@ from refinedet.evaluation.detector import Detector
 from refinedet.evaluation.metrics import coco_average_precision, voc_result
 from refinedet.evaluation.multiscale import Form, MultiScale
 from refinedet.evaluation.outcomes import match_objects
-from refinedet.evaluation.report import METRICS, Metric, Report
+from refinedet.evaluation.report import METRICS, Metric, Report, data_name
 from refinedet.evaluation.run_data import RunData, find_run
 from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.evaluation.sharing import check_class_names, share_classes
 from refinedet.provenance import Provenance
+from refinedet.sources import decode_ahead
 from refinedet.text import printable
 
 if TYPE_CHECKING:
@@ -41,8 +37,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) after every batch."""
 
-_PIXELS_AT_ONCE = 64_000_000
-"""Pixels of decoded images that are held at a time; a single image may have more."""
 _HELD_OUT_SPLITS = ("test", "val", "valid", "validation")
 """The default split is the first of these that the data has."""
 
@@ -110,18 +104,13 @@ def evaluate(
     metric = metric or "voc07"
     check_metric(metric)
     detector, weights = _load(model, device)
-    runner: Detector = detector
-    passes: tuple[str, ...] = ()
-    if multi_scale:
-        form: Form = "coco" if metric == "coco" else "voc"
-        several = MultiScale(cast("RefineDet", detector), form, batch_size=max(1, batch_size))
-        runner, passes = several, tuple(str(one) for one in several.passes)
     if isinstance(data, DetectionDataset):
         dataset = data
     else:
         dataset = open_evaluation_data(
             data, split, detector, shared_classes=shared_classes, allow_outside=allow_outside
         )
+    runner, passes = _at_scales(detector, metric, batch_size) if multi_scale else (detector, ())
     left_out = None
     if shared_classes:
         shared = share_classes(runner, dataset)
@@ -156,6 +145,13 @@ def evaluate(
 def _run_of(model: Detector | str | Path) -> RunData | None:
     folder = find_run(model) if isinstance(model, (str, Path)) else None
     return None if folder is None else RunData.of(folder)
+
+
+def _at_scales(detector: Detector, metric: Metric, batch_size: int) -> tuple[Detector, tuple[str, ...]]:
+    """The same model under multi-scale testing, and its passes in words."""
+    form: Form = "coco" if metric == "coco" else "voc"
+    several = MultiScale(cast("RefineDet", detector), form, batch_size=max(1, batch_size))
+    return several, tuple(str(one) for one in several.passes)
 
 
 def _report_repairs(dataset: DetectionDataset) -> None:
@@ -272,60 +268,29 @@ def collect_detections(
         RefineDetError: an image cannot be read; it is named.
         UsageError: batch size or number of threads below 1.
     """
-    for name, value in (("batch_size", batch_size), ("threads", threads)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
     order = range(len(dataset)) if indices is None else indices
+
+    def count_pixels(index: int) -> int:
+        return dataset[index].width * dataset[index].height
+
     detections: dict[int, Detections] = {}
-    with closing(_decoded_batches(dataset, order, batch_size, threads)) as batches:
-        for part, images in batches:
+    pipeline = decode_ahead(order, count_pixels, dataset.load_image, batch_size=batch_size, threads=threads)
+    with closing(pipeline) as batches:
+        for batch in batches:
+            images = []
+            for decoded in batch:
+                if decoded.error is not None:
+                    raise decoded.error
+                assert decoded.pixels is not None
+                images.append(decoded.pixels)
+            part = [decoded.item for decoded in batch]
+            # From here on only ``images`` holds the pixels.
+            batch.clear()
             detections.update(zip(part, model.predict_arrays(images, threshold=threshold), strict=True))
+            del images, decoded
             if on_progress is not None:
                 on_progress(len(detections), len(order))
     return detections
-
-
-def _decoded_batches(
-    dataset: DetectionDataset, order: Sequence[int], batch_size: int, threads: int
-) -> Generator[tuple[list[int], list[npt.NDArray[np.uint8]]], None]:
-    """Batches of indices and their images, in order, decoded up to two batches or ``_PIXELS_AT_ONCE`` ahead."""
-    ahead = _split_batches(dataset, order, batch_size)
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        waiting: deque[tuple[list[int], int, list[Future[npt.NDArray[np.uint8]]]]] = deque()
-        upcoming = next(ahead, None)
-        try:
-            while waiting or upcoming is not None:
-                while upcoming is not None and len(waiting) < 3:
-                    pixels = sum(dataset[index].width * dataset[index].height for index in upcoming)
-                    if waiting and sum(size for _, size, _ in waiting) + pixels > _PIXELS_AT_ONCE:
-                        break
-                    waiting.append((upcoming, pixels, [pool.submit(dataset.load_image, i) for i in upcoming]))
-                    upcoming = next(ahead, None)
-                part, _, futures = waiting[0]
-                images = [future.result() for future in futures]
-                futures.clear()
-                # The batch keeps its place among the waiting ones, and so its pixels, until it has been used.
-                yield part, images
-                del images
-                waiting.popleft()
-        finally:
-            for _, _, futures in waiting:
-                for future in futures:
-                    future.cancel()
-
-
-def _split_batches(dataset: DetectionDataset, order: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    pixels = 0
-    for index in order:
-        size = dataset[index].width * dataset[index].height
-        if batch and (len(batch) == batch_size or pixels + size > _PIXELS_AT_ONCE):
-            yield batch
-            batch, pixels = [], 0
-        batch.append(index)
-        pixels += size
-    if batch:
-        yield batch
 
 
 def evaluate_detections(
@@ -379,7 +344,7 @@ def evaluate_detections(
         per_class_ap50=dict(zip(names, ap50.tolist(), strict=True)),
         objects=dict(zip(names, positives.tolist(), strict=True)),
         split=dataset.split,
-        data=_data_name(dataset),
+        data=data_name(dataset),
         settings=replace(
             settings or EvaluationSettings(), repaired=dataset.repaired() or "", data_digest=dataset.digest()
         ),
@@ -428,9 +393,3 @@ def _check_objects(dataset: DetectionDataset, indices: Sequence[int]) -> None:
         "(difficult and crowd ones do not count); choose another split or check the annotations with "
         "'refinedet inspect'"
     )
-
-
-def _data_name(dataset: DetectionDataset) -> str:
-    # Not the whole path: a report is shared, the folders of the machine that made it are nobody's business.
-    path = Path(str(dataset.path))
-    return path.name or path.resolve().name or str(path)

@@ -214,6 +214,13 @@ def check_report_folder(folder: Path, inputs: Sequence[str | Path] = ()) -> None
     )
 
 
+def data_name(dataset: DetectionDataset) -> str:
+    """What a report calls the data: the last part of its path."""
+    # Not the whole path: a report is shared, the folders of the machine that made it are nobody's business.
+    path = Path(str(dataset.path))
+    return path.name or path.resolve().name or str(path)
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
