@@ -30,9 +30,10 @@ from refinedet.data.layouts import open_dataset
 from refinedet.data.records import DetectionDataset, Record
 from refinedet.data.voc import find_folders
 from refinedet.dataclass_json import load_json, save_json
-from refinedet.detector import WEIGHTS_FILE, RefineDet
+from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import read_json, write_atomically, write_bytes
+from refinedet.weights.store import WEIGHTS_FILE
 
 MANIFEST_FILE, ARCHIVE_FILE, PACK_FILE = "manifest.json", "pack.zip", "pack.json"
 SPLITS = ("train", "val")

@@ -42,7 +42,6 @@ from experiments.steps import (
 from refinedet.ablations import VARIANTS, variant_of
 from refinedet.config import ModelConfig, Preset, TrainConfig
 from refinedet.data.layouts import open_dataset
-from refinedet.detector import read_safetensors
 from refinedet.device import pick_device
 from refinedet.draw import read_curves
 from refinedet.errors import RefineDetError
@@ -51,6 +50,7 @@ from refinedet.evaluation.report import Report
 from refinedet.files import write_text
 from refinedet.presets import get_preset
 from refinedet.training.run import METRICS_FILE
+from refinedet.weights.store import open_weights
 
 SETTINGS_FILE = "settings.json"
 SSD = "ssd300"
@@ -103,7 +103,7 @@ def train_variant(
     settings = preset.train
     dataset = open_dataset(data, settings.train_split)
     torch.manual_seed(settings.seed)
-    imagenet = None if weights == "random" else read_safetensors(Path(weights))
+    imagenet = None if weights == "random" else open_weights(weights).read()
     network = build_ssd(len(dataset.class_names), imagenet, weights)
     peer = SSDPeer(network, preset.model, dataset.class_names)
     if not train_ssd(peer, settings, dataset, folder, device=pick_device(device), stop=stop):
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What goes wrong for all variants goes wrong here, before the first of them.
     counts = [len(open_dataset(chosen.data, split)) for split in (chosen.train_split, chosen.evaluate_split)]
     if chosen.weights != "random":
-        read_safetensors(Path(chosen.weights))
+        open_weights(chosen.weights)
     iterations = chosen.iterations
     settings = {
         "preset": chosen.preset,

@@ -144,9 +144,7 @@ def time_training(preset: Preset, data: Path, device: torch.device, iterations: 
         evaluate_split="none",
     )
     with tempfile.TemporaryDirectory() as folder:
-        train(
-            dataclasses.replace(preset, train=settings), data, out=folder, backbone_weights="random", device=str(device)
-        )
+        train(dataclasses.replace(preset, train=settings), data, out=folder, init_weights="random", device=str(device))
         _, rates = read_curves(Path(folder) / METRICS_FILE)["images_per_second"]
     return statistics.mean(rates[1:])
 

@@ -29,6 +29,8 @@ from refinedet.training.distributed import World
 from refinedet.training.matching import Targets
 from refinedet.training.run import CHECKPOINT_FILE, METRICS_FILE, load_checkpoint, save_checkpoint
 from refinedet.training.trainer import Trainer
+from refinedet.weights.convert import fit
+from refinedet.weights.store import WeightFile
 
 SIZE = (300, 300)
 """Height and width of SSD300's input."""
@@ -65,12 +67,12 @@ def build_ssd(num_classes: int, weights: Mapping[str, Tensor] | None, source: st
     network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes + 1)
     network.transform = _Prepared()
     if weights is not None:
+        fitted = fit(WeightFile.of_state(weights, source), ModelConfig(backbone="vgg16"))
         own = VGG16()
-        with torch.no_grad():
-            random_layers = own.load_imagenet(weights, source)
+        fitted.fill(nn.ModuleDict({"backbone": own}))
         body, (*rest, fully_connected) = network.backbone.features, network.backbone.extra[0]
         pairs = list(zip(_convolutions(own.features), _convolutions([*body, *rest]), strict=True))
-        if "fc6" not in random_layers:
+        if "backbone.fc6" not in fitted.untrained:
             pairs += zip([own.fc6, own.fc7], _convolutions(fully_connected), strict=True)
         for ours, theirs in pairs:
             theirs.load_state_dict(ours.state_dict())

@@ -38,7 +38,7 @@ def train_on(preset: Preset, data: Path, folder: Path, *, weights: str, device: 
     """Train a preset in ``folder``, or go on from the checkpoint there, until it is done or ``stop`` says so."""
     if (folder / CHECKPOINT_FILE).exists():
         return resume(folder, device=device, stop=stop)
-    return train(preset, data, out=folder, backbone_weights=weights, device=device, stop=stop)
+    return train(preset, data, out=folder, init_weights=weights, device=device, stop=stop)
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:

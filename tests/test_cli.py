@@ -161,7 +161,7 @@ def test_train_passes_everything_on(
     ((preset, data, rest),) = trainer
     assert data == ["a", "b"]
     assert rest == {
-        "out": tmp_path / "run", "backbone_weights": weights, "class_names": ("cat", "dog"), "device": "cpu",
+        "out": tmp_path / "run", "init_weights": weights, "class_names": ("cat", "dog"), "device": "cpu",
         "init": None,
     }  # fmt: skip
     assert (preset.train.iterations, preset.train.batch_size, preset.train.ema_decay) == (100, 8, None)
@@ -182,7 +182,7 @@ def test_train_defaults_are_those_of_the_preset(name: str, trainer: list[Any]) -
     preset, _, rest = trainer[0]
     assert preset == PRESETS[name]
     assert rest["out"] == Path("runs") / name
-    assert rest["backbone_weights"] == "torchvision"
+    assert rest["init_weights"] == "torchvision"
     assert rest["class_names"] is None
     assert rest["init"] is None
 
@@ -190,7 +190,7 @@ def test_train_defaults_are_those_of_the_preset(name: str, trainer: list[Any]) -
 def test_train_from_a_detector(trainer: list[Any]) -> None:
     assert cli.main(["train", "smoke", "--data", "a", "--init", "voc07-320-resnet18"]) == 0
     assert trainer[0][2]["init"] == "voc07-320-resnet18"
-    assert trainer[0][2]["backbone_weights"] is None
+    assert trainer[0][2]["init_weights"] is None
 
 
 def test_train_resume(trainer: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -202,9 +202,9 @@ def test_a_hub_id_is_asked_of_the_hub(model: RefineDet, tmp_path: Path, monkeypa
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert RefineDet.from_pretrained("some/model").class_names == ("cat", "dog")
-    with pytest.raises(RefineDetError, match="'some/gone' is no folder here, and could not be downloaded"):
-        RefineDet.from_pretrained("some/gone")
+    assert RefineDet.from_pretrained("hf:some/model").class_names == ("cat", "dog")
+    with pytest.raises(RefineDetError, match="'some/gone' could not be downloaded"):
+        RefineDet.from_pretrained("hf:some/gone")
     assert asked == ["some/model", "some/gone"]
 
 

@@ -50,7 +50,7 @@ def ablate(
     data: str | Path | Sequence[str | Path],
     *,
     out: str | Path,
-    backbone_weights: str | Path | None = None,
+    init_weights: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     device: str = "auto",
 ) -> dict[str, float]:
@@ -62,7 +62,7 @@ def ablate(
         preset: model and training of the full variant; needs a split to evaluate on.
         data: as for ``train``.
         out: folder of the four run folders and the table.
-        backbone_weights: as for ``train``.
+        init_weights: as for ``train``.
         class_names: as for ``train``.
         device: "cpu", "cuda" or "auto".
 
@@ -90,7 +90,7 @@ def ablate(
                 wanted,
                 paths,
                 out=target,
-                backbone_weights=backbone_weights,
+                init_weights=init_weights,
                 class_names=class_names,
                 device=device,
             )

@@ -71,7 +71,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             raise RefineDetError(f"{where}: expected {len(kinds)} values, found {len(value)}")
         return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise RefineDetError(f"{where}: a number beyond any that a computer calculates with") from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise RefineDetError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
@@ -12,16 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
-import refinedet.weights
 from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
-from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.detections import Detections
 from refinedet.device import pick_device
-from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import read_json, write_bytes, write_text
+from refinedet.errors import UsageError
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
@@ -30,15 +25,15 @@ from refinedet.model.soft_nms import soften
 from refinedet.prediction import predict_ahead
 from refinedet.preprocess import preprocess
 from refinedet.sources import holds_many
+from refinedet.weights.folder import ModelInfo, check_category_ids, check_class_names, read_model, write_model
+from refinedet.weights.store import find_model
 
 if TYPE_CHECKING:
     from refinedet.images import ImageSource, PixelSource
 
-Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+_LOG = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
 class RefineDet:
@@ -48,9 +43,10 @@ class RefineDet:
         config: the network and its input; weights start from random numbers.
         class_names: one name per class; "class 0", "class 1", ... if not given.
         network: an existing network of that config to wrap, instead of a new one.
+        category_ids: the ids that the training data has for the classes, in label order, for results in COCO's format.
 
     Raises:
-        UsageError: the number of names is not the config's number of classes.
+        UsageError: the number of names or ids is not the config's number of classes, or a name or id cannot be one.
 
     Example:
         >>> from refinedet import PRESETS, RefineDet
@@ -64,14 +60,17 @@ class RefineDet:
         class_names: Sequence[str] | None = None,
         *,
         network: RefineDetNetwork | None = None,
+        category_ids: Sequence[int] | None = None,
     ) -> None:
-        names = tuple(class_names or (f"class {i}" for i in range(config.num_classes)))
-        if len(names) != config.num_classes:
-            raise UsageError(f"{len(names)} class names for a model of {config.num_classes} classes")
         self.config = config
-        self.class_names = names
+        names = class_names or [f"class {i}" for i in range(config.num_classes)]
+        self.class_names = check_class_names(names, config.num_classes)
+        self.category_ids = check_category_ids(category_ids, config.num_classes)
         self.metrics: dict[str, Any] = {}
         """What was measured of these weights: figure, data, split, command; kept in config.json."""
+        self.untrained: tuple[str, ...] = ()
+        """Parts of the network that hold random numbers because the file that was imported lacks them."""
+        self._said_untrained = False
         self.network = RefineDetNetwork(config).eval() if network is None else network
 
     @property
@@ -244,6 +243,12 @@ class RefineDet:
         height, width = size or self.config.image_size
         if not (height >= 64 and width >= 64 and height % 64 == 0 and width % 64 == 0):
             raise UsageError(f"size must be two multiples of 64, not {size!r}")
+        if self.untrained and not self._said_untrained:
+            self._said_untrained = True
+            _LOG.warning(
+                "this model's heads are untrained (%s), so it detects nothing: start a training from it with --init",
+                ", ".join(self.untrained),
+            )
         inputs = torch.from_numpy(np.stack([preprocess(image, self.config, (height, width)) for image in images]))
         mixed = torch.bfloat16 if precision == "bf16" else torch.float16
         with torch.inference_mode(), torch.autocast(self.device.type, mixed, enabled=precision in ("bf16", "fp16")):
@@ -273,7 +278,7 @@ class RefineDet:
         """Write model.safetensors, config.json and, if given, README.md (the model card).
 
         Args:
-            folder: made if missing; files there are replaced one by one, each only once it is complete.
+            folder: made if missing. It appears, or a model in it is replaced, whole or not at all; other files stay.
             card: text of the model card.
             half: store convolution kernels as float16; norms and biases stay float32.
 
@@ -285,18 +290,8 @@ class RefineDet:
             name: tensor.detach().cpu().contiguous().to(torch.float16 if half and tensor.ndim == 4 else tensor.dtype)
             for name, tensor in self.network.state_dict().items()
         }
-        content = {
-            "format": "refinedet",
-            "model": to_dict(self.config),
-            "class_names": list(self.class_names),
-            "metrics": self.metrics,
-        }
-        data = save(state, metadata={"format": "pt"})
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        write_bytes(target / WEIGHTS_FILE, data)
-        write_text(target / CONFIG_FILE, text)
-        if card is not None:
-            write_text(target / CARD_FILE, card)
+        info = ModelInfo(self.config, self.class_names, self.category_ids, self.metrics, self.untrained)
+        write_model(target, info, state, card=card)
         return target
 
     @classmethod
@@ -304,30 +299,18 @@ class RefineDet:
         """Load a model.
 
         Args:
-            name: a model in the box ("voc07-320-resnet18"), a folder with model.safetensors and config.json, a run
-                folder (its best/ is taken, else its last/), or a hub id "owner/name". Only the last uses the network.
+            name: a bundled model ("voc07-320-resnet18"), a folder with model.safetensors and config.json, a run
+                folder (its best/ is taken, else its last/), or "hf:owner/name" for a model on the Hugging Face hub.
+                Only the last uses the network.
             device: where the network goes.
 
         Raises:
             UsageError: nothing of that name.
-            RefineDetError: a file is missing, corrupt, or does not fit its config.
+            RefineDetError: a file is missing, damaged, or does not fit its config.
         """
-        folder = find_weights(name)
-        values = read_json(folder / CONFIG_FILE)
-        if not isinstance(values, dict):
-            raise RefineDetError(f"{folder / CONFIG_FILE}: not the config of a refinedet model")
-        unknown = set(values) - {"format", "model", "class_names", "metrics"}
-        if "model" not in values or "class_names" not in values or unknown:
-            what = f"unknown key '{sorted(unknown)[0]}'" if unknown else "no 'model' or no 'class_names' in it"
-            raise RefineDetError(f"{folder / CONFIG_FILE}: not the config of a refinedet model ({what})")
-        config = from_dict(ModelConfig, values["model"], source=str(folder / CONFIG_FILE))
-        try:
-            detector = cls(config, values["class_names"])
-        except UsageError as error:
-            raise RefineDetError(f"{folder / CONFIG_FILE}: {error}") from None
-        detector.metrics = values.get("metrics") or {}
-        path = folder / WEIGHTS_FILE
-        load_weights(detector.network, read_safetensors(path), str(path))
+        info, network = read_model(find_model(name))
+        detector = cls(info.config, info.class_names, network=network, category_ids=info.category_ids)
+        detector.metrics, detector.untrained = info.metrics, info.untrained
         return detector.to(device)
 
 
@@ -342,78 +325,3 @@ class _AtPrecision:
         self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None
     ) -> list[Detections]:
         return self.detector.predict_arrays(images, threshold=threshold, precision=self.precision)
-
-
-def find_weights(name: str | Path) -> Path:
-    """The folder that a model's name stands for; see ``RefineDet.from_pretrained``.
-
-    Raises:
-        UsageError: nothing of that name.
-    """
-    boxed = refinedet.weights.folder_of(str(name))
-    if boxed is not None:
-        return boxed
-    path = Path(name).expanduser()
-    for folder in (path, path / "best", path / "last"):
-        if (folder / WEIGHTS_FILE).is_file():
-            return folder
-    if path.is_file():
-        if path.name == WEIGHTS_FILE:
-            return path.parent
-        raise UsageError(f"{path}: give the folder that holds {WEIGHTS_FILE} and {CONFIG_FILE}, not a single file")
-    if path.is_dir():
-        raise UsageError(f"{path}: no {WEIGHTS_FILE} in this folder, nor in best/ or last/ under it")
-    text = str(name)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return _download(text)
-    known = ", ".join(refinedet.weights.names()) or "none"
-    raise UsageError(f"no model '{text}': neither a folder nor a model in the box (there: {known})")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
-    except Exception as error:
-        # The hub's client raises HTTP, cache and name errors of its own and of two libraries; all mean "not to be had".
-        raise RefineDetError(
-            f"'{hub_id}' is no folder here, and could not be downloaded from the hub ({type(error).__name__})"
-        ) from None
-
-
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
-
-    Raises:
-        RefineDetError: missing, cut, or another kind of file (a pickle is never opened).
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise RefineDetError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RefineDetError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def load_weights(network: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copy tensors into the network, each of its own shape, float16 widened to float32.
-
-    Raises:
-        RefineDetError: a tensor is missing, unexpected, or of another shape; ``source`` and the tensor are named.
-    """
-    own = network.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    if missing or unexpected:
-        first = f"'{missing[0]}' is missing" if missing else f"'{unexpected[0]}' is not part of this network"
-        raise RefineDetError(
-            f"{source}: does not fit its config: {first} ({len(missing)} missing, {len(unexpected)} unexpected)"
-        )
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            hint = "; was it trained with another number of classes?" if ".logits." in name else ""
-            raise RefineDetError(
-                f"{source}: '{name}' has shape {tuple(state[name].shape)}, its config needs {tuple(tensor.shape)}{hint}"
-            )
-    network.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in own.items()})

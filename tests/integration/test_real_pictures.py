@@ -50,7 +50,7 @@ def test_eight_photos_are_learned_by_heart(shared_data: Path, tmp_path: Path, mo
         preset,
         shared_data / "VOCdevkit",
         out=tmp_path / "run",
-        backbone_weights=shared_data / "../weights/resnet18_imagenet.safetensors",
+        init_weights=shared_data / "../weights/resnet18_imagenet.safetensors",
         device="cpu",
     )
     assert evaluate(run.model, eight)["mAP"] > 0.95

@@ -254,24 +254,24 @@ def test_ablate_trains_all_resumes_and_prints_the_table(
     monkeypatch.setattr(ablations, "train", stopped_in_the_third)
     monkeypatch.setattr(ablations, "resume", resumed)
     with pytest.raises(KeyboardInterrupt):
-        ablate(preset(), data, out=out, backbone_weights="random", device="cpu")
+        ablate(preset(), data, out=out, init_weights="random", device="cpu")
     # The second was stopped before it had a checkpoint: nothing but its config is there.
     for file in sorted((out / "no-filtering").rglob("*"), reverse=True):
         if file.is_file() and file != out / "no-filtering/config.json":
             file.unlink()
-    found = ablate(preset(), data, out=out, backbone_weights="random", device="cpu")
+    found = ablate(preset(), data, out=out, init_weights="random", device="cpu")
     assert begun == [
         "train full", "train no-filtering", "train one-step", "train no-filtering", "resume one-step", "train no-tcb",
     ]  # fmt: skip
     assert list(found) == [variant.name for variant in VARIANTS]
-    assert ablate(preset(), data, out=out, backbone_weights="random", device="cpu") == found
+    assert ablate(preset(), data, out=out, init_weights="random", device="cpu") == found
     assert len(begun) == 6, "what is done is not done again"
     text = table(found, preset())
     assert "4 iterations of 2 on train, val" in text
     assert "| 80.0 | 79.5 | 77.3 | 76.2 |" in text
     assert f"| {100 * found['full']:.1f} |" in text
     with pytest.raises(UsageError, match="other settings"):
-        ablate(preset(learning_rate=2e-3), data, out=out, backbone_weights="random", device="cpu")
+        ablate(preset(learning_rate=2e-3), data, out=out, init_weights="random", device="cpu")
 
 
 def test_ablate_needs_something_to_measure_on(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from refinedet.config import ModelConfig
@@ -21,6 +22,8 @@ from refinedet.model.backbones import (
     build_backbone,
     init_convolutions,
 )
+from refinedet.weights.convert import fit
+from refinedet.weights.store import WeightFile
 
 VGG_CHANNELS = {
     0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256),
@@ -98,6 +101,16 @@ def test_vgg_features_are_torchvisions(vgg: VGG16) -> None:
         )  # fmt: skip
 
 
+def load_imagenet(backbone: nn.Module, state: Mapping[str, Tensor], source: str, config: ModelConfig) -> list[str]:
+    """Fill a backbone as ``train --init-weights`` does; the names of its parts that stay random."""
+    fitted = fit(WeightFile.of_state(state, source), config)
+    fitted.fill(nn.ModuleDict({"backbone": backbone}))
+    return [part.removeprefix("backbone.") for part in fitted.untrained if part.startswith("backbone.")]
+
+
+VGG_CONFIG = ModelConfig(backbone="vgg16")
+
+
 def torchvision_features() -> nn.Sequential:
     # The feature extractor alone: torchvision.models.vgg16 would allocate half a gigabyte of classifier.
     from torchvision.models.vgg import cfgs, make_layers
@@ -110,7 +123,8 @@ def test_vgg_takes_feature_layers_only(vgg: VGG16) -> None:
     source = {name: torch.randn_like(value) for name, value in vgg.state_dict().items() if name.startswith("features")}
     fresh = VGG16()
     before = fresh.fc6.weight.detach().clone()
-    assert fresh.load_imagenet(source, "file") == ["fc6", "fc7", "conv6_1", "conv6_2"]
+    random = load_imagenet(fresh, source, "file", VGG_CONFIG)
+    assert random == ["fc6", "fc7", "conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm"]
     for name, value in source.items():
         assert torch.equal(fresh.state_dict()[name], value)
     assert torch.equal(fresh.fc6.weight, before)
@@ -127,7 +141,8 @@ def test_vgg_subsamples_fully_connected_layers(vgg: VGG16) -> None:
         "classifier.0.weight": inputs.expand(4096, -1), "classifier.0.bias": outputs,
         "classifier.3.weight": outputs.expand(4096, -1), "classifier.3.bias": 2 * outputs,
     }  # fmt: skip
-    assert target.load_imagenet(state, "file") == ["conv6_1", "conv6_2"]
+    random = load_imagenet(target, state, "file", VGG_CONFIG)
+    assert random == ["conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm"]
     for channel in (0, 1, 300, 511):
         for row in range(3):
             for column in range(3):
@@ -141,7 +156,7 @@ def test_vgg_subsamples_fully_connected_layers(vgg: VGG16) -> None:
         "classifier.0.weight": outputs[:, None].expand(-1, 25088),
         "classifier.3.weight": outputs[:, None].expand(-1, 4096),
     }
-    target.load_imagenet(state, "file")
+    load_imagenet(target, state, "file", VGG_CONFIG)
     assert torch.equal(target.fc6.weight[:, 5, 1, 2], 4 * torch.arange(1024.0))
     assert torch.equal(target.fc7.weight[:, 5, 0, 0], 4 * torch.arange(1024.0))
 
@@ -149,11 +164,18 @@ def test_vgg_subsamples_fully_connected_layers(vgg: VGG16) -> None:
 def test_wrong_weights_are_named(vgg: VGG16) -> None:
     good = {name: value for name, value in vgg.state_dict().items() if name.startswith("features")}
     missing = {name: value for name, value in good.items() if name != "features.28.bias"}
-    with pytest.raises(RefineDetError, match=r"weights\.pth: no tensor 'features\.28\.bias'"):
-        vgg.load_imagenet(missing, "weights.pth")
+    with pytest.raises(RefineDetError, match=r"weights\.pth: .* 'features\.28\.bias' is missing"):
+        load_imagenet(vgg, missing, "weights.pth", VGG_CONFIG)
     wrong = good | {"features.0.weight": torch.zeros(64, 1, 3, 3)}
     with pytest.raises(RefineDetError, match=r"weights\.pth: 'features\.0\.weight' has shape \(64, 1, 3, 3\)"):
-        vgg.load_imagenet(wrong, "weights.pth")
+        load_imagenet(vgg, wrong, "weights.pth", VGG_CONFIG)
+    # A fully connected layer of other sides than VGG-16's cannot be subsampled.
+    wrong = good | {
+        "classifier.0.weight": torch.zeros(1).expand(4096, 512 * 48), "classifier.0.bias": torch.zeros(4096),
+        "classifier.3.weight": torch.zeros(1).expand(4096, 4096), "classifier.3.bias": torch.zeros(4096),
+    }  # fmt: skip
+    with pytest.raises(RefineDetError, match=r"'classifier\.0\.weight' has shape \(4096, 24576\)"):
+        load_imagenet(vgg, wrong, "weights.pth", VGG_CONFIG)
 
 
 def test_first_weights_follow_caffes_xavier(vgg: VGG16) -> None:
@@ -202,7 +224,8 @@ def test_resnet_taps_are_torchvisions(name: str, norm: str) -> None:
     reference = getattr(torchvision.models, name)(weights=None).eval()
     shake_statistics(reference)
     backbone = ResNet(name, norm=norm, frozen_stages=0).eval()
-    assert backbone.load_imagenet(reference.state_dict(), "file") == ["res6"]
+    config = ModelConfig(backbone=name, backbone_norm=norm)
+    assert load_imagenet(backbone, reference.state_dict(), "file", config) == ["res6"]
     images = torch.randn(1, 3, 64, 128, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         x = reference.layer1(reference.maxpool(reference.relu(reference.bn1(reference.conv1(images)))))

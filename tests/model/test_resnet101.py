@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from refinedet.config import ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.model.backbones import ResNet, TimmBackbone, build_backbone, imagenet_state
+from refinedet.model.backbones import ResNet, TimmBackbone, build_backbone
 from refinedet.model.network import RefineDetNetwork, TransferConnectionBlock, count_parameters
 from refinedet.presets import PRESETS
+from refinedet.weights.convert import fit
+from refinedet.weights.store import WeightFile, imagenet_weights
 
 State = Mapping[str, Tensor]
 OFFICIAL = ModelConfig(
@@ -187,7 +189,7 @@ def test_caffe_layout_has_the_names_and_shapes_of_torchvision() -> None:
 
 def test_torchvision_weights_are_refused_for_the_caffe_layout() -> None:
     with pytest.raises(UsageError, match="--init-weights FILE"):
-        imagenet_state(OFFICIAL)
+        imagenet_weights(OFFICIAL)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +268,9 @@ def test_timm_imagenet_weights_load_from_classifier_and_from_features(name: str)
     whole = timm.create_model(name)
     backbone = build_backbone(timm_model(name))
     assert isinstance(backbone, TimmBackbone)
-    with torch.no_grad():
-        assert backbone.load_imagenet(whole.state_dict(), "x.safetensors") == ["res6"]
+    fitted = fit(WeightFile.of_state(whole.state_dict(), "x.safetensors"), timm_model(name))
+    assert fitted.untrained == ("backbone.res6", "arm", "tcb", "odm")
+    fitted.fill(nn.ModuleDict({"backbone": backbone}))
     parts = timm.create_model(name, features_only=True, out_indices=(1, 2, 3) if "convnext" in name else (2, 3, 4))
     flat = {key.replace(".", "_"): value for key, value in whole.state_dict().items()}
     parts.load_state_dict({key: flat[key.replace(".", "_")] for key in parts.state_dict()})
@@ -275,8 +278,8 @@ def test_timm_imagenet_weights_load_from_classifier_and_from_features(name: str)
     with torch.no_grad():
         for ours, theirs in zip(backbone.eval()(images), parts.eval()(images), strict=False):
             torch.testing.assert_close(ours, theirs)
-    with pytest.raises(RefineDetError, match=r"x\.safetensors: no tensor"):
-        backbone.load_imagenet({}, "x.safetensors")
+    with pytest.raises(RefineDetError, match=r"x\.safetensors: looks like timm's .* is missing"):
+        fit(WeightFile.of_state({}, "x.safetensors"), timm_model(name))
 
 
 @pytest.mark.parametrize(("name", "message"), [("vit_tiny_patch16_224", "8, 16 and 32"), ("resnet_999", "resnet_999")])

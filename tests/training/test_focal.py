@@ -178,7 +178,7 @@ def test_trainer_sets_the_prior_on_new_heads_only(voc_folder: FolderFactory, tmp
         "train_split": "train", "evaluate_split": "none",
     }  # fmt: skip
     preset = Preset(model=MODEL, train=TrainConfig(**settings), summary="")
-    run = train(preset, voc_folder(), out=tmp_path / "a", backbone_weights="random", device="cpu")
+    run = train(preset, voc_folder(), out=tmp_path / "a", init_weights="random", device="cpu")
     bias = run.model.network.state_dict()["odm.0.logits.bias"].view(3, 3)
     torch.testing.assert_close(bias.softmax(-1)[:, -1], torch.full((3,), 0.99))
     start = RefineDet(replace(MODEL, num_classes=2), ("cat", "dog"))

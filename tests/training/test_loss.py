@@ -308,20 +308,20 @@ def test_half_precision_outputs_are_computed_in_float32(dtype: torch.dtype) -> N
         assert torch.equal(got[name], value)
 
 
-def test_total_replaces_the_divisors() -> None:
+def test_the_normalizer_gives_the_divisors() -> None:
     generator = torch.Generator().manual_seed(7)
     predictions = oracles.random_predictions(generator, batch=2, anchors=60, classes=4)
     targets = oracles.random_targets(generator, [4, 2], 4)
     _, positives = oracles.loss(leaves(predictions, torch.float64), targets)
     seen: list[list[float]] = []
 
-    def total(counts: torch.Tensor) -> torch.Tensor:
+    def normalizer(counts: torch.Tensor) -> torch.Tensor:
         seen.append(counts.tolist())
         return torch.tensor([2.0, 5.0])
 
     model = ModelConfig(num_classes=4)
     plain = RefineDetLoss(model)(predictions, targets)
-    replaced = RefineDetLoss(model, total=total)(predictions, targets)
+    replaced = RefineDetLoss(model, normalizer=normalizer)(predictions, targets)
     assert seen == [list(map(float, positives))]
     for name in NAMES:
         module = name.startswith("odm")

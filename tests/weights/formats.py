@@ -1,6 +1,8 @@
 """Weight files of other programs, made of numbers that follow from the keys, and how those programs would run them.
 
-Nothing here uses the package: shapes, order and wire format are written down once more, from the formats themselves.
+Nothing here uses the package: names, order and wire format are written down once more, from the formats themselves.
+Widths are an eighth of the real ones, so that dozens of networks can be made; ``tests/weights/conftest.py`` makes those
+of the package as narrow.
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ def numbers(key: str, shape: tuple[int, ...]) -> np.ndarray:
     return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(np.float32)
 
 
-VGG_WIDTHS = {"1": (64, 64), "2": (128, 128), "3": (256,) * 3, "4": (512,) * 3, "5": (512,) * 3}
+NARROW = 8
+VGG_WIDTHS = {"1": (8, 8), "2": (16, 16), "3": (32,) * 3, "4": (64,) * 3, "5": (64,) * 3}
+FC, TCB, CONV6_1, CONV6_2 = 128, 32, 32, 64
 VGG_NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 VGG_NAMES = tuple(f"conv{block}_{i + 1}" for block, widths in VGG_WIDTHS.items() for i in range(len(widths)))
-MAP_WIDTHS = (512, 512, 1024, 512)
+MAP_WIDTHS = (64, 64, FC, CONV6_2)
 
 
 def vgg_convolutions() -> dict[str, tuple[int, ...]]:
@@ -43,27 +47,27 @@ def vgg_convolutions() -> dict[str, tuple[int, ...]]:
         for i, width in enumerate(widths):
             shapes[f"conv{block}_{i + 1}"] = (width, channels, 3, 3)
             channels = width
-    return shapes | {"fc6": (1024, 512, 3, 3), "fc7": (1024, 1024, 1, 1)}
+    return shapes | {"fc6": (FC, 64, 3, 3), "fc7": (FC, FC, 1, 1)}
 
 
 def caffe_vgg_layers(classes: int = 20, anchors: int = 3) -> dict[str, list[np.ndarray]]:
     """Blobs of an official VGG-16 model by layer name."""
-    shapes = vgg_convolutions() | {"conv6_1": (256, 1024, 1, 1), "conv6_2": (512, 256, 3, 3)}
+    shapes = vgg_convolutions() | {"conv6_1": (CONV6_1, FC, 1, 1), "conv6_2": (CONV6_2, CONV6_1, 3, 3)}
     for name, width in zip(("conv4_3_norm", "conv5_3_norm", "fc7", "conv6_2"), MAP_WIDTHS, strict=True):
         shapes[f"{name}_mbox_loc"] = (4 * anchors, width, 3, 3)
         shapes[f"{name}_mbox_conf"] = (2 * anchors, width, 3, 3)
     for level, width in zip((3, 4, 5, 6), MAP_WIDTHS, strict=True):
-        shapes |= {f"TL{level}_1": (256, width, 3, 3), f"TL{level}_2": (256, 256, 3, 3), f"P{level}": (256, 256, 3, 3)}
-        shapes[f"P{level}_mbox_loc"] = (4 * anchors, 256, 3, 3)
-        shapes[f"P{level}_mbox_conf"] = ((classes + 1) * anchors, 256, 3, 3)
+        shapes |= {f"TL{level}_1": (TCB, width, 3, 3), f"TL{level}_2": (TCB, TCB, 3, 3), f"P{level}": (TCB, TCB, 3, 3)}
+        shapes[f"P{level}_mbox_loc"] = (4 * anchors, TCB, 3, 3)
+        shapes[f"P{level}_mbox_conf"] = ((classes + 1) * anchors, TCB, 3, 3)
         if level > 3:
-            shapes[f"P{level}-up"] = (256, 256, 2, 2)
+            shapes[f"P{level}-up"] = (TCB, TCB, 2, 2)
     layers = {}
     for name, shape in shapes.items():
         outputs = shape[1] if name.endswith("-up") else shape[0]
         layers[name] = [numbers(f"{name}/0", shape), numbers(f"{name}/1", (outputs,))]
     for name, scale in (("conv4_3_norm", 10), ("conv5_3_norm", 8)):
-        layers[name] = [scale + numbers(f"{name}/0", (512,))]
+        layers[name] = [scale + numbers(f"{name}/0", (64,))]
     return layers
 
 
@@ -104,7 +108,7 @@ def dd604_state(classes: int = 20) -> dict[str, Tensor]:
     keys |= {"TL6_1": "pyramid_layer4.0", "TL6_2": "pyramid_layer4.2", "P6": "pyramid_layer4.4"}
     layers = caffe_vgg_layers(classes)
     for name in ("P4-up", "P5-up", "P6-up"):
-        layers[name][0] = numbers(f"{name}/3x3", (256, 256, 3, 3))
+        layers[name][0] = numbers(f"{name}/3x3", (TCB, TCB, 3, 3))
     state = {}
     for name, blobs in layers.items():
         for blob, suffix in zip(blobs, ("weight", "bias"), strict=False):
@@ -256,7 +260,7 @@ def resnet_convolutions() -> dict[str, tuple[int, ...]]:
     """Kernel shapes of the Caffe ResNet-101 to res5c by what follows "res" (or "conv1")."""
     shapes: dict[str, tuple[int, ...]] = {"conv1": (64, 3, 7, 7)}
     channels = 64
-    for stage, blocks, width in ((2, 3, 64), (3, 4, 128), (4, 23, 256), (5, 3, 512)):
+    for stage, blocks, width in ((2, 3, 8), (3, 4, 16), (4, 23, 32), (5, 3, 64)):
         for block in range(blocks):
             letter = "abc"[block] if stage in (2, 5) else "a" if block == 0 else f"b{block}"
             name = f"{stage}{letter}_branch"
@@ -292,11 +296,11 @@ def kaiming_layers() -> dict[str, list[np.ndarray]]:
             layers |= batch_normed("conv1", "bn_conv1", "scale_conv1", shape)
         else:
             layers |= batch_normed(f"res{name}", f"bn{name}", f"scale{name}", shape)
-    return layers | {"fc1000": [numbers("fc1000/0", (1000, 2048)), numbers("fc1000/1", (1000,))]}
+    return layers | {"fc1000": [numbers("fc1000/0", (1000, 256)), numbers("fc1000/1", (1000,))]}
 
 
 RESNET_MAPS = ("res3b3_relu", "res4b22_relu", "res5c_relu", "res6_relu")
-RESNET_WIDTHS = (512, 1024, 2048, 512)
+RESNET_WIDTHS = (64, 128, 256, 512)
 
 
 def residual_layers(name: str, channels: int, widths: tuple[int, int, int]) -> dict[str, list[np.ndarray]]:
@@ -317,14 +321,14 @@ def caffe_resnet_layers(classes: int = 80) -> dict[str, list[np.ndarray]]:
     """Blobs of an official ResNet-101 model."""
     layers = kaiming_layers()
     del layers["fc1000"]
-    layers |= residual_layers("6_", 2048, (128, 128, 512))
+    layers |= residual_layers("6_", 256, (128, 128, 512))
     for level, (name, width) in enumerate(zip(RESNET_MAPS, RESNET_WIDTHS, strict=True), start=3):
-        shapes = {f"TL{level}_1": (256, width, 3, 3), f"TL{level}_2": (256, 256, 3, 3), f"P{level}": (256, 256, 3, 3)}
+        shapes = {f"TL{level}_1": (TCB, width, 3, 3), f"TL{level}_2": (TCB, TCB, 3, 3), f"P{level}": (TCB, TCB, 3, 3)}
         if level > 3:
-            shapes[f"P{level}-up"] = (256, 256, 2, 2)
+            shapes[f"P{level}-up"] = (TCB, TCB, 2, 2)
         for key, shape in shapes.items():
             layers |= batch_normed(key, f"{key}_bn", f"{key}_scale", shape)
-        for tap, channels, outputs in ((name, width, 2), (f"P{level}", 256, classes + 1)):
+        for tap, channels, outputs in ((name, width, 2), (f"P{level}", TCB, classes + 1)):
             layers |= residual_layers(f"{tap}_inter_", channels, (256, 256, 1024))
             for part, count in (("loc", 4), ("conf", outputs)):
                 key = f"res{tap}_inter_mbox_{part}"

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from refinedet import cli
 from refinedet.data.classes import COCO_CLASSES, VOC_CLASSES
 from refinedet.detector import RefineDet
 from weights import formats
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def convert(*arguments: object) -> int:
@@ -43,7 +46,7 @@ def test_convert_then_predict(caffe_file: Path, tmp_path: Path, capsys: pytest.C
     assert model.class_names == VOC_CLASSES
     assert model.config.channel_order == "bgr"
     weight = model.network.state_dict()["backbone.features.0.weight"]
-    np.testing.assert_array_equal(weight.numpy(), formats.numbers("conv1_1/0", (64, 3, 3, 3)))
+    np.testing.assert_array_equal(weight.numpy(), formats.numbers("conv1_1/0", (8, 3, 3, 3)))
     card = (out / "README.md").read_text()
     assert "`official.caffemodel` (sha256 " in card
     assert "nothing was measured" in card
@@ -80,6 +83,23 @@ def test_a_backbone_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines[3] == f"converted: {out}  (try: refinedet train coco-320-vgg16 --init {out} --data DATA)"
     assert json.loads((out / "config.json").read_text())["class_names"] == list(COCO_CLASSES)
     assert "Not a trained detector" in (out / "README.md").read_text()
+    image = tmp_path / "a.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(image)
+    capsys.readouterr()
+    assert cli.main(["predict", str(out), str(image)]) == 0
+    assert "note: this model's heads are untrained (backbone.conv6_1, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "last.ckpt", "best/model.safetensors", "last/model.safetensors"])
+def test_a_model_or_a_run_is_never_written_over(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"x": torch.zeros(1)}, path)
+    there = tmp_path / "out" / name
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"precious")
+    message = refused(capsys, 2, path, "--preset", "smoke", "--out", tmp_path / "out")
+    assert "already; choose another --out" in message
+    assert there.read_bytes() == b"precious"
 
 
 def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,4 +136,4 @@ def test_training_starts_from_carried_classes(
 
 def test_two_places_to_start_from_are_refused(voc_folder: FolderFactory, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not both"):
-        train(PRESETS["smoke"], voc_folder(), out=tmp_path / "run", init="x", backbone_weights="random")
+        train(PRESETS["smoke"], voc_folder(), out=tmp_path / "run", init="x", init_weights="random")

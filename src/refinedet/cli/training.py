@@ -38,7 +38,7 @@ Train a detector. PRESET sets the defaults of all options (refinedet models).
                            COCO JSON or YOLO); several are joined
   --out FOLDER             run folder (default: runs/PRESET)
   --init WEIGHTS           detector to start from: a bundled model, a run
-                           folder, a folder of weights or a hub id
+                           folder, a folder of weights or hf:owner/name
   --iterations INT         updates of the weights
   --batch-size INT         images per update
   --learning-rate FLOAT    rate of the weights at its highest
@@ -99,10 +99,10 @@ def train(
         data: Folders or files of annotated images (Pascal VOC, COCO JSON or YOLO); several are trained on together.
         out: Run folder for configuration, metrics, weights and checkpoints (default: runs/PRESET).
         resume: Continue the training of this run folder; goes with no other flag but --device.
-        init_weights: ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download them,
-            or 'random'.
-        init: A detector to start from instead: a bundled model, a run folder, a folder of weights, or a hub id. Classes
-            are carried over by name.
+        init_weights: ImageNet weights of the backbone: a file (docs/weights.md lists the formats), 'torchvision' to
+            download them, or 'random'.
+        init: A detector to start from instead: a bundled model, a run folder, a folder of weights, or hf:owner/name.
+            Classes are carried over by name.
         class_names: Names separated by commas, in the order of their labels (default: those of the data).
         device: cpu, cuda, mps, or auto (a GPU if there is one).
         settings: Training.
@@ -112,7 +112,7 @@ def train(
         raise UsageError(f"the preset comes first: refinedet train PRESET --data DATA; known: {', '.join(PRESETS)}")
     if not data:
         raise UsageError(f"nothing to train on: refinedet train {preset} --data DATA")
-    weights = _backbone_weights(init_weights)
+    weights = _init_weights(init_weights)
     if init is not None and init_weights != "torchvision":
         raise UsageError("--init starts from a whole detector, --init-weights from a backbone: give one of them")
     run_folder = Path("runs") / preset if out is None else user_path(out)
@@ -123,7 +123,7 @@ def train(
         Preset(model=model, train=settings, summary=PRESETS[preset].summary),
         list(data),
         out=run_folder,
-        backbone_weights=None if init is not None else weights,
+        init_weights=None if init is not None else weights,
         class_names=class_names_in(class_names),
         device=device,
         init=init,
@@ -148,7 +148,7 @@ def resume_run(*, resume: Folder, device: Device = "auto") -> int:
     return _trained(folder)
 
 
-def _backbone_weights(given: str) -> Path | str:
+def _init_weights(given: str) -> Path | str:
     if given in ("torchvision", "random"):
         return given
     path = user_path(given)
@@ -190,8 +190,8 @@ def ablate(
         preset: Where the defaults come from; `refinedet models` lists the presets.
         data: Folders or files of annotated images (Pascal VOC, COCO JSON or YOLO); several are trained on together.
         out: Folder for the run folders and table.md.
-        init_weights: ImageNet weights of the backbone: a file in torchvision's layout, 'torchvision' to download them,
-            or 'random'.
+        init_weights: ImageNet weights of the backbone: a file (docs/weights.md lists the formats), 'torchvision' to
+            download them, or 'random'.
         class_names: Names separated by commas, in the order of their labels (default: those of the data).
         device: cpu, cuda, mps, or auto (a GPU if there is one).
         settings: Training.
@@ -201,14 +201,14 @@ def ablate(
         raise UsageError("the preset comes first: refinedet ablate PRESET --data DATA")
     if not data:
         raise UsageError("nothing to train on: refinedet ablate --data DATA")
-    weights, names, folder = _backbone_weights(init_weights), class_names_in(class_names), user_path(out)
+    weights, names, folder = _init_weights(init_weights), class_names_in(class_names), user_path(out)
     chosen = Preset(model=model, train=settings, summary=PRESETS[preset].summary)
 
     from refinedet.ablations import TABLE_FILE, TABLE_SIGNATURE, table
     from refinedet.ablations import ablate as train_variants
 
     check_output_folder(folder, [TABLE_FILE], ours=TABLE_SIGNATURE, inputs=data)
-    figures = train_variants(chosen, list(data), out=folder, backbone_weights=weights, class_names=names, device=device)
+    figures = train_variants(chosen, list(data), out=folder, init_weights=weights, class_names=names, device=device)
     if _is_first_process():
         text = table(figures, chosen)
         write_text(folder / TABLE_FILE, f"<!-- {TABLE_SIGNATURE} -->\n\n{text}")

@@ -57,7 +57,7 @@ def evaluate(
     With --submission also on images whose annotations are not public: results for their server instead of figures.
 
     Args:
-        weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or a hub id.
+        weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or hf:owner/name.
         data: Folder or file of annotated images: Pascal VOC, COCO JSON or YOLO (default: the images that the run held
             out).
         split: Split of the data; 'all' takes every image (default: test, else val, or every image of undivided data).
@@ -210,7 +210,7 @@ def predict(
     A run that is stopped keeps the results that it has.
 
     Args:
-        weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or a hub id.
+        weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or hf:owner/name.
         images: Files, folders and quoted patterns such as 'photos/*.jpg'.
         threshold: Keep detections that score at least this.
         save: Folder for copies with the boxes drawn on; the originals are never touched.
@@ -339,8 +339,9 @@ def convert(
     if not source.is_file():
         reason = "is a folder" if source.is_dir() else "no such file"
         raise UsageError(f"{source}: {reason}; convert takes a weight file")
-    if (folder / "model.safetensors").exists():
-        raise UsageError(f"{folder}: holds a model already; choose another --out")
+    from refinedet.weights.store import refuse_occupied
+
+    refuse_occupied(folder)
     check_output_folder(
         folder, ("model.safetensors", "config.json", "README.md"), inputs=[source], ours=lambda _: False
     )
@@ -350,7 +351,7 @@ def convert(
 
     from refinedet.data.classes import COCO_CLASSES, VOC_CLASSES
     from refinedet.detector import RefineDet
-    from refinedet.weights.importers import import_card, import_weights
+    from refinedet.weights.convert import import_card, import_weights
 
     imported = import_weights(source, wanted, channel_order=channel_order)
     count = imported.config.num_classes
@@ -358,6 +359,7 @@ def convert(
         raise UsageError(f"--class-names has {len(names)} names; {source} has {count} classes")
     names = names or {len(VOC_CLASSES): VOC_CLASSES, len(COCO_CLASSES): COCO_CLASSES}.get(count)
     detector = RefineDet(imported.config, names, network=imported.network)
+    detector.untrained = imported.untrained
     detector.save_pretrained(folder, card=import_card(imported, source, detector.class_names))
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (imported.config.mean, imported.config.std))
     say(f"{source}: {imported.title}\ninput: {imported.config.channel_order}, mean {mean}, std {std}")
@@ -385,7 +387,7 @@ def benchmark(
     """Measure speed at batch 1: frames per second, number of boxes, and milliseconds of each step.
 
     Args:
-        weights: A bundled model, a run folder, a folder of weights, a hub id, or a preset, with random weights.
+        weights: A bundled model, a run folder, a folder of weights, hf:owner/name, or a preset, with random weights.
         image: An image to measure on (default: noise of 500x375).
         runs: Timed runs.
         warmup: Runs before them that do not count.

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from refinedet import draw
 from refinedet.data.records import DetectionDataset
-from refinedet.text import printable
 
 _BACKGROUND, _INK = (32, 32, 32), (230, 230, 230)
 _GAP = 8
@@ -98,7 +97,7 @@ def _shorten(
     pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, name: str, width: int
 ) -> str:
     """The name, or its beginning and its end with an ellipsis between them, no wider than ``width``."""
-    name = printable(name[:300])
+    name = "".join(letter if letter.isprintable() else "?" for letter in name[:300])
     kept = len(name)
     text = name
     while kept > 0 and pen.textlength(text, font=font) > width:

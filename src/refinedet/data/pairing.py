@@ -11,8 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from refinedet.data.problems import NOT_A_FILE, ProblemKind, ProblemLog
-from refinedet.images import UNREADABLE_EXTENSIONS, is_image_name
+from refinedet.images import IMAGE_EXTENSIONS, is_image_name
 
+UNREADABLE_EXTENSIONS = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".psd", ".svg"}
+) - IMAGE_EXTENSIONS  # fmt: skip
+"""Images that cannot be read here; they are counted and named."""
 _WORDS = frozenset(
     {"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "frames", "data", "labels", "label",
      "annotations", "annotation", "annots", "annot", "xml", "xmls", "txt", "lbl"}

@@ -7,16 +7,16 @@ torchvision's where torchvision has the layer, so that its ImageNet weights load
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision import models
 
 from refinedet.config import BackboneName, ModelConfig
-from refinedet.errors import RefineDetError, UsageError
+from refinedet.errors import UsageError
 
 
 class L2Norm(nn.Module):
@@ -65,7 +65,12 @@ class VGG16(nn.Module):
     that are not normalised.
     """
 
-    out_channels = (512, 512, 1024, 512)
+    widths: ClassVar[tuple[int, ...]] = (64, 128, 256, 512, 512)
+    """Channels of the convolutions of each block."""
+    fc_width: ClassVar[int] = 1024
+    """Channels of fc6 and fc7."""
+    conv6_widths: ClassVar[tuple[int, int]] = (256, 512)
+    """Channels of conv6_1 and conv6_2."""
     new_modules: ClassVar[tuple[str, ...]] = ("conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm")
     """Parts that no ImageNet weights come with."""
 
@@ -73,18 +78,19 @@ class VGG16(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
-        for width, repeats in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for width, repeats in zip(self.widths, (2, 2, 3, 3, 3), strict=True):
             for _ in range(repeats):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = width
             layers.append(nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*layers)
-        self.fc6 = nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation)
-        self.fc7 = nn.Conv2d(1024, 1024, 1)
-        self.conv6_1 = nn.Conv2d(1024, 256, 1)
-        self.conv6_2 = nn.Conv2d(256, 512, 3, stride=2, padding=1)
-        self.conv4_3_norm = L2Norm(512, 10.0)
-        self.conv5_3_norm = L2Norm(512, 8.0)
+        self.fc6 = nn.Conv2d(channels, self.fc_width, 3, padding=fc6_dilation, dilation=fc6_dilation)
+        self.fc7 = nn.Conv2d(self.fc_width, self.fc_width, 1)
+        self.conv6_1 = nn.Conv2d(self.fc_width, self.conv6_widths[0], 1)
+        self.conv6_2 = nn.Conv2d(*self.conv6_widths, 3, stride=2, padding=1)
+        self.conv4_3_norm = L2Norm(self.widths[3], 10.0)
+        self.conv5_3_norm = L2Norm(self.widths[4], 8.0)
+        self.out_channels = (self.widths[3], self.widths[4], self.fc_width, self.conv6_widths[1])
         init_convolutions(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -98,31 +104,12 @@ class VGG16(nn.Module):
         conv6_2 = F.relu(self.conv6_2(F.relu(self.conv6_1(fc7))))
         return [self.conv4_3_norm(conv4_3), self.conv5_3_norm(conv5_3), fc7, conv6_2]
 
-    def load_imagenet(self, state: Mapping[str, Tensor], source: str) -> list[str]:
-        """Load torchvision's VGG-16 layout and return the names of layers that start from random numbers.
-
-        Fully connected layers, where present, become fc6 and fc7 "via subsampling parameters" (paper, section 4): of
-        fc6's 7x7 kernel every third row and column, of its and fc7's 4096 outputs every fourth.
-        """
-        own = self.state_dict()
-        wanted = [name for name in own if name.startswith("features.")]
-        _check_layout(wanted, state, own, source)
-        for name in wanted:
-            own[name].copy_(state[name])
-        if "classifier.0.weight" in state and "classifier.3.weight" in state:
-            fc6 = state["classifier.0.weight"].float().reshape(4096, 512, 7, 7)
-            own["fc6.weight"].copy_(fc6[::4, :, ::3, ::3])
-            own["fc6.bias"].copy_(state["classifier.0.bias"][::4])
-            own["fc7.weight"].copy_(state["classifier.3.weight"].float()[::4, ::4, None, None])
-            own["fc7.bias"].copy_(state["classifier.3.bias"][::4])
-            return ["conv6_1", "conv6_2"]
-        return ["fc6", "fc7", "conv6_1", "conv6_2"]
-
 
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation with imported statistics and scales that no training changes (epsilon 1e-5).
 
-    Same state-dict names as ``nn.BatchNorm2d`` but for ``num_batches_tracked``; safe at any batch size.
+    Same state-dict names as ``nn.BatchNorm2d`` but for ``num_batches_tracked``; safe at any batch size. torchvision's
+    class of this name differs from ``nn.BatchNorm2d`` in the last digits and widens bfloat16 to float32.
     """
 
     def __init__(self, channels: int) -> None:
@@ -167,6 +154,32 @@ class ExtraResidual(nn.Module):
         return F.relu(self.branch1_bn(self.branch1(x)) + self.branch2c_bn(self.branch2c(y)))
 
 
+class TorchvisionResNet(NamedTuple):
+    """One of torchvision's networks that ``ResNet`` is made of."""
+
+    title: str
+    """Its name in the literature."""
+    build: Callable[..., Any]
+    """Makes it, classifier included."""
+    weights: Any
+    """Its ImageNet weights, as torchvision lists them."""
+
+
+RESNETS = {
+    "resnet18": TorchvisionResNet("ResNet-18", models.resnet18, models.ResNet18_Weights.IMAGENET1K_V1),
+    "resnet34": TorchvisionResNet("ResNet-34", models.resnet34, models.ResNet34_Weights.IMAGENET1K_V1),
+    "resnet50": TorchvisionResNet("ResNet-50", models.resnet50, models.ResNet50_Weights.IMAGENET1K_V1),
+    "resnet101": TorchvisionResNet("ResNet-101", models.resnet101, models.ResNet101_Weights.IMAGENET1K_V1),
+    "resnext101_32x8d": TorchvisionResNet(
+        "ResNeXt-101 (32x8d)", models.resnext101_32x8d, models.ResNeXt101_32X8D_Weights.IMAGENET1K_V1
+    ),
+    "resnext101_64x4d": TorchvisionResNet(
+        "ResNeXt-101 (64x4d)", models.resnext101_64x4d, models.ResNeXt101_64X4D_Weights.IMAGENET1K_V1
+    ),
+}
+"""By the name that ``ModelConfig.backbone`` gives them."""
+
+
 class ResNet(nn.Module):
     """A torchvision ResNet or ResNeXt without its classifier, and res6.
 
@@ -188,15 +201,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.layout = layout
-        builder = {
-            "resnet18": torchvision.models.resnet18,
-            "resnet34": torchvision.models.resnet34,
-            "resnet50": torchvision.models.resnet50,
-            "resnet101": torchvision.models.resnet101,
-            "resnext101_32x8d": torchvision.models.resnext101_32x8d,
-            "resnext101_64x4d": torchvision.models.resnext101_64x4d,
-        }[name]
-        body = builder(weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else None)
+        body = RESNETS[name].build(weights=None, norm_layer=FrozenBatchNorm2d if norm == "frozen" else None)
         self.conv1, self.bn1 = body.conv1, body.bn1
         self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
         if layout == "caffe":
@@ -229,15 +234,6 @@ class ResNet(nn.Module):
             maps.append(x)
         return [*maps, self.res6(x)]
 
-    def load_imagenet(self, state: Mapping[str, Tensor], source: str) -> list[str]:
-        """Load torchvision's ResNet layout (classifier ignored); return the names of layers that start anew."""
-        own = self.state_dict()
-        wanted = [n for n in own if not n.startswith("res6.") and not n.endswith("num_batches_tracked")]
-        _check_layout(wanted, state, own, source)
-        for name in wanted:
-            own[name].copy_(state[name])
-        return ["res6"]
-
 
 class TimmBackbone(nn.Module):
     """Any timm network with feature maps of stride 8, 16 and 32, and res6 for stride 64.
@@ -257,7 +253,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.body: Any = _create_timm(name, pretrained=False)
+        self.body: Any = create_timm(name, pretrained=False)
         channels = [int(count) for count in self.body.feature_info.channels()]
         self.res6 = ExtraResidual(channels[-1])
         self.out_channels = (channels[0], channels[1], channels[2], 512)
@@ -278,25 +274,21 @@ class TimmBackbone(nn.Module):
             maps = shell(torch.empty(1, 3, height, width, device="meta"))
         return [(x.shape[-2], x.shape[-1]) for x in maps]
 
-    def load_imagenet(self, state: Mapping[str, Tensor], source: str) -> list[str]:
-        """Load timm's layout (classifier and unused layers ignored); return the names of layers that start anew."""
-        # As a list of feature maps timm calls a stage "stages_0", as a classifier "stages.0".
-        flat = {name.replace(".", "_"): tensor for name, tensor in state.items()}
-        own = self.body.state_dict()
-        given = {name: flat[name.replace(".", "_")] for name in own if name.replace(".", "_") in flat}
-        wanted = [name for name in own if not name.endswith("num_batches_tracked")]
-        _check_layout(wanted, given, own, source)
-        for name in wanted:
-            own[name].copy_(given[name])
-        return ["res6"]
 
+def create_timm(name: str, *, pretrained: bool) -> Any:
+    """The timm network reduced to its feature maps of stride 8, 16 and 32.
 
-def _create_timm(name: str, *, pretrained: bool) -> Any:
-    """The timm network reduced to its feature maps of stride 8, 16 and 32."""
+    Only names that timm has built in are accepted, so that a name out of a file never reaches a model hub.
+
+    Raises:
+        UsageError: timm is not installed, does not know the name, or the network has no such maps.
+    """
     try:
         import timm
     except ImportError:
         raise UsageError("backbone 'timm' needs the package timm: pip install 'refinedet[timm]'") from None
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no model {name!a:.80} of its own (names of a hub are not taken)")
     try:
         body: Any = timm.create_model(name, features_only=True)
         strides = [int(stride) for stride in body.feature_info.reduction()]
@@ -313,16 +305,6 @@ def _create_timm(name: str, *, pretrained: bool) -> Any:
 Backbone = VGG16 | ResNet | TimmBackbone
 
 
-def _check_layout(wanted: list[str], state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
-    for name in wanted:
-        if name not in state:
-            raise RefineDetError(f"{source}: no tensor '{name}'; these are not weights of this backbone")
-        if state[name].shape != own[name].shape:
-            raise RefineDetError(
-                f"{source}: '{name}' has shape {tuple(state[name].shape)}, the backbone needs {tuple(own[name].shape)}"
-            )
-
-
 def build_backbone(config: ModelConfig) -> Backbone:
     """The backbone that the config names, with random weights."""
     if config.backbone == "vgg16":
@@ -335,47 +317,3 @@ def build_backbone(config: ModelConfig) -> Backbone:
         frozen_stages=config.frozen_stages,
         layout=config.backbone_layout,
     )
-
-
-def imagenet_state(config: ModelConfig) -> Mapping[str, Tensor]:
-    """ImageNet weights of the config's backbone, downloaded by torchvision or timm (or found in their caches).
-
-    Raises:
-        UsageError: the backbone has Caffe's layout, whose weights neither has.
-        RefineDetError: the download failed; the message says how to give a file instead.
-    """
-    name = config.backbone
-    if config.backbone_layout == "caffe":
-        raise UsageError(
-            f"torchvision's weights of {name} are of another network than backbone_layout 'caffe': give Caffe's with "
-            f"--init-weights FILE, or say --model.backbone-layout torchvision"
-        )
-    if name == "timm":
-        # The hub's client raises HTTP, cache and name errors of its own and of two libraries.
-        try:
-            state: Mapping[str, Tensor] = _create_timm(config.timm_name, pretrained=True).state_dict()
-        except UsageError:
-            raise
-        except Exception as error:
-            raise RefineDetError(
-                f"ImageNet weights of {config.timm_name} could not be downloaded ({type(error).__name__}); give a file "
-                f"with --init-weights"
-            ) from None
-        return state
-    weights = {
-        "vgg16": torchvision.models.VGG16_Weights.IMAGENET1K_V1,
-        "resnet18": torchvision.models.ResNet18_Weights.IMAGENET1K_V1,
-        "resnet34": torchvision.models.ResNet34_Weights.IMAGENET1K_V1,
-        "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1,
-        "resnet101": torchvision.models.ResNet101_Weights.IMAGENET1K_V1,
-        "resnext101_32x8d": torchvision.models.ResNeXt101_32X8D_Weights.IMAGENET1K_V1,
-        "resnext101_64x4d": torchvision.models.ResNeXt101_64X4D_Weights.IMAGENET1K_V1,
-    }[name]
-    try:
-        state = weights.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise RefineDetError(
-            f"ImageNet weights of {name} could not be downloaded ({reason}); give a file with --init-weights"
-        ) from None
-    return state

@@ -59,10 +59,28 @@ def starting_boxes(arm_offsets: Tensor, anchors: Tensor, offset_std: Tensor, con
     return anchors.expand_as(arm_offsets)
 
 
-class ChannelAttention(nn.Module):
-    """Squeeze-and-excitation: weigh each channel by what all channels look like on average.
+def passes_negative_filter(arm_logits: Tensor, negative_threshold: float) -> Tensor:
+    """Negative anchor filtering (paper, section 3): which anchors the ARM leaves to the ODM.
 
-    Source: Hu et al., "Squeeze-and-Excitation Networks"; reduction 16, at least 8 channels in the middle.
+    An anchor whose negative confidence exceeds theta is filtered. In training such an anchor leaves the pool of the
+    ODM's hard negatives (``training/loss.py``), in inference it is discarded (``model/postprocess.py``).
+
+    Args:
+        arm_logits: (..., 2) float32: object, background.
+        negative_threshold: theta; 1.0 filters nothing.
+
+    Returns:
+        (...) bool: False where the anchor is filtered.
+    """
+    # P(object) >= 1 - theta rather than P(background) <= theta: near 1 float32 has no digits left.
+    return arm_logits.softmax(dim=-1)[..., 0] >= 1.0 - negative_threshold
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze-and-excitation: multiply each channel by a weight computed from the means of all channels.
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks"; reduction 16, at least 8 channels in the middle. torchvision's
+    ``SqueezeExcitation`` computes the same, but under names that saved models do not have.
     """
 
     def __init__(self, channels: int) -> None:
@@ -119,12 +137,12 @@ class TransferConnectionBlock(nn.Module):
         """(B, in_channels, H, W) and (B, channels, about H / 2, about W / 2) from above to (B, channels, H, W)."""
         x = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         if self.deconv is not None:
-            x = x + _fit(self.deconv_norm(self.deconv(above)), x.shape[-2], x.shape[-1])
+            x = x + _cut_or_pad(self.deconv_norm(self.deconv(above)), x.shape[-2], x.shape[-1])
         x = self.attention(F.relu(self.norm3(self.conv3(F.relu(x)))))
         return x
 
 
-def _fit(x: Tensor, rows: int, columns: int) -> Tensor:
+def _cut_or_pad(x: Tensor, rows: int, columns: int) -> Tensor:
     """Cut ``x`` to that size, or fill it up with zeros, half of it before and half (the larger) after."""
     down, right = rows - x.shape[-2], columns - x.shape[-1]
     if down == 0 and right == 0:

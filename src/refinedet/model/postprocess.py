@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refinedet import boxes as box_ops
 from refinedet.config import ModelConfig
-from refinedet.model.network import Predictions, starting_boxes
+from refinedet.model.network import Predictions, passes_negative_filter, starting_boxes
 from refinedet.model.nms import non_maximum_suppression, suppress_in_rounds
 
 
@@ -35,7 +35,7 @@ class PaddedDetections(NamedTuple):
 def postprocess(predictions: Predictions, config: ModelConfig, *, rounds: int | None = None) -> PaddedDetections:
     """Filter by theta, decode twice, keep the best candidates, suppress per class, keep the best of the image.
 
-    1. An anchor whose negative confidence in the ARM exceeds ``negative_threshold`` loses all its class scores.
+    1. Negative anchor filtering: a filtered anchor loses all its class scores.
     2. (anchor, class) pairs with a score above ``score_threshold`` compete; the best ``candidates`` of the image, or of
        each class, go on.
     3. Their anchors are refined by the ARM's offsets (unless the config has no two steps), the result by the ODM's;
@@ -51,9 +51,9 @@ def postprocess(predictions: Predictions, config: ModelConfig, *, rounds: int | 
     """
     settings = config.inference
     with torch.autocast(predictions.arm_logits.device.type, enabled=False):
-        objectness = predictions.arm_logits.float().softmax(dim=-1)[..., 0]
+        unfiltered = passes_negative_filter(predictions.arm_logits.float(), config.negative_threshold)
         scores = predictions.odm_logits.float().softmax(dim=-1)[..., :-1]
-        passes = (objectness >= 1.0 - config.negative_threshold)[..., None] & (scores > settings.score_threshold)
+        passes = unfiltered[..., None] & (scores > settings.score_threshold)
         scores = torch.where(passes, scores, 0.0)
         batch, anchors, classes = scores.shape
         if settings.candidates_per == "image":

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from refinedet import boxes as box_ops
 from refinedet.config import LossConfig, ModelConfig
-from refinedet.model.network import PredictionHead, Predictions, starting_boxes
+from refinedet.model.network import PredictionHead, Predictions, passes_negative_filter, starting_boxes
 from refinedet.training.matching import Targets, match, mine_negatives
 
 
@@ -21,7 +21,7 @@ class RefineDetLoss(nn.Module):
     * The ARM learns object or not, and offsets from the tiled anchors.
     * The ODM is matched on, and learns offsets from, the anchors that the ARM has refined; these are constants, so no
       gradient of the ODM's loss reaches the ARM's outputs.
-    * Negative anchor filtering: anchors with a negative confidence above theta leave the pool of the ODM's hard
+    * Negative anchor filtering (``passes_negative_filter``): filtered anchors leave the pool of the ODM's hard
       negatives, and only that; a positive stays a positive (official bbox_util.cpp:1096-1110).
     * Each module's sums are divided by its number of positives, at least 1; a batch without positives gives 0.
     * Focal loss instead of mining: all candidates for mining are negatives, also in images without positives, and
@@ -32,18 +32,22 @@ class RefineDetLoss(nn.Module):
     Args:
         model: offset_std, negative_threshold, two_step, tcb.
         config: thresholds of matching and mining.
-        total: applied to the (2,) counts of positives of ARM and ODM; replaces them by the counts that the sums are
-            divided by. Processes that share a batch sum here and divide by their number.
+        normalizer: maps this process's positive counts, (2,) of ARM and ODM, to the divisors of the losses; under DDP,
+            the global count divided by the world size. None: the counts themselves, at least 1.
     """
 
     def __init__(
-        self, model: ModelConfig, config: LossConfig | None = None, *, total: Callable[[Tensor], Tensor] | None = None
+        self,
+        model: ModelConfig,
+        config: LossConfig | None = None,
+        *,
+        normalizer: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.config = config or LossConfig()
         self.model = model
         self.negative_threshold = model.negative_threshold
-        self.total = total
+        self.normalizer = normalizer
         self.register_buffer("offset_std", torch.tensor(model.offset_std), persistent=False)
         self.offset_std: Tensor
 
@@ -73,16 +77,13 @@ class RefineDetLoss(nn.Module):
                 arm = (anchors.new_zeros(()),) * 3
             with torch.no_grad():
                 start = starting_boxes(arm_offsets, anchors, self.offset_std, self.model)
-                # P(object) >= 1 - theta rather than P(background) <= theta: near 1 float32 has no digits left.
-                passes = arm_logits.softmax(dim=-1)[..., 0] >= 1.0 - self.negative_threshold
+                unfiltered = passes_negative_filter(arm_logits, self.negative_threshold)
             odm = self._module_loss(
-                odm_offsets, odm_logits, start, targets, passes, config.odm_positive_iou,
+                odm_offsets, odm_logits, start, targets, unfiltered, config.odm_positive_iou,
                 config.odm_negative_iou, config.label_smoothing,
             )  # fmt: skip
             positives = torch.stack([arm[2], odm[2]]).float()
-            if self.total is not None:
-                positives = self.total(positives)
-            divisor = positives.clamp(min=1.0) if self.total is None else positives
+            divisor = positives.clamp(min=1.0) if self.normalizer is None else self.normalizer(positives)
             losses = {
                 "arm_classification": arm[0] / divisor[0],
                 "arm_localization": arm[1] / divisor[0],
@@ -97,14 +98,14 @@ class RefineDetLoss(nn.Module):
         logits: Tensor,
         anchors: Tensor,
         targets: Targets,
-        passes: Tensor | None,
+        unfiltered: Tensor | None,
         positive_iou: float,
         negative_iou: float,
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Summed classification loss, summed localization loss and number of positives of one module.
 
-        ``passes`` (B, A) marks the anchors that the ARM did not filter.
+        ``unfiltered`` (B, A) marks the anchors that pass negative anchor filtering; None lets all pass.
         """
         background = logits.shape[-1] - 1
         matched = match(anchors, targets, positive_iou)
@@ -112,8 +113,8 @@ class RefineDetLoss(nn.Module):
         with torch.no_grad():
             background_loss = logits.logsumexp(dim=-1) - logits[..., background]
             candidates = ~positive & (matched.overlap < negative_iou)
-            if passes is not None:
-                candidates &= passes
+            if unfiltered is not None:
+                candidates &= unfiltered
             if self.config.classification == "focal":
                 negative = candidates
             else:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from refinedet.config import Preset
+from refinedet.dataclass_json import from_dict
 from refinedet.errors import RefineDetError
 from refinedet.files import read_json, write_atomically
 
@@ -31,8 +32,20 @@ class RunConfig:
     """Data folders."""
     class_names: tuple[str, ...]
     """In label order."""
-    initial_weights: str
+    init_weights: str
     """Where the weights came from: a file, a model, "torchvision" or "random"."""
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """config.json of a run, also of one that calls ``init_weights`` by its former name "initial_weights".
+
+    Raises:
+        RefineDetError: missing, no JSON, or not the config of a run.
+    """
+    values = read_json(path)
+    if isinstance(values, dict) and "initial_weights" in values:
+        values["init_weights"] = values.pop("initial_weights")
+    return from_dict(RunConfig, values, source=str(path))
 
 
 def is_run(folder: Path) -> bool:

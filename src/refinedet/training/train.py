@@ -21,8 +21,8 @@ from torch import nn
 from refinedet.config import Preset
 from refinedet.data.layouts import open_joined
 from refinedet.data.records import DetectionDataset
-from refinedet.dataclass_json import load_json, save_json
-from refinedet.detector import RefineDet, load_weights, read_safetensors
+from refinedet.dataclass_json import save_json
+from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.evaluate import collect_detections, evaluate_detections
 from refinedet.evaluation.page import write_page
@@ -30,7 +30,6 @@ from refinedet.evaluation.report import Report
 from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.files import check_output_folder, user_path
 from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
-from refinedet.model.backbones import imagenet_state
 from refinedet.model.network import RefineDetNetwork
 from refinedet.provenance import Provenance
 from refinedet.training.batches import training_batches
@@ -49,10 +48,13 @@ from refinedet.training.run import (
     is_run,
     load_checkpoint,
     model_card,
+    read_run_config,
     save_checkpoint,
 )
 from refinedet.training.trainer import Trainer
-from refinedet.weights.transfer import Transfer, adopt_config, transfer_classes
+from refinedet.weights.convert import Fitted, fit_backbone
+from refinedet.weights.store import load_weights
+from refinedet.weights.transfer import Transfer, adopt_config, changed_fields, transfer_classes
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def train(
     data: str | Path | Sequence[str | Path],
     *,
     out: str | Path = "runs/refinedet",
-    backbone_weights: str | Path | None = None,
+    init_weights: str | Path | None = None,
     class_names: Sequence[str] | None = None,
     device: str = "auto",
     init: str | Path | None = None,
@@ -91,8 +93,8 @@ def train(
         preset: model and training; ``num_classes`` is replaced by the number of classes of the data.
         data: one or several folders in VOC, COCO or YOLO layout; several are joined and must have the same classes.
         out: run folder; must not hold a run yet.
-        backbone_weights: ImageNet weights of the backbone in torchvision's layout (.safetensors, or .pth read with
-            weights_only), or "random". "torchvision" (or None) lets torchvision download them.
+        init_weights: a file with ImageNet weights of the backbone (see docs/weights.md), or "random". "torchvision" (or
+            None) lets torchvision download them. Mean, std and channel order become those of the weights.
         class_names: in label order; by default they come from the data.
         device: "cpu", "cuda" or "auto".
         init: a model to start from instead of ImageNet weights (see ``RefineDet.from_pretrained``). Classes are
@@ -115,10 +117,10 @@ def train(
     if (folder / CHECKPOINT_FILE).exists():
         raise UsageError(f"{folder}: holds a run already; continue it with --resume {folder} or choose another --out")
     paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
-    read = [path for path in (*paths, init, backbone_weights) if path is not None]
+    read = [path for path in (*paths, init, init_weights) if path is not None]
     for part in (folder, folder / BEST_FOLDER, folder / LAST_FOLDER):
         check_output_folder(part, (CONFIG_FILE, METRICS_FILE), inputs=read, ours=lambda _: is_run(folder))
-    if init is not None and backbone_weights is not None:
+    if init is not None and init_weights is not None:
         raise UsageError("give either a model to start from or backbone weights, not both")
     with join_world(device) as world:
         dataset = open_joined(paths, preset.train.train_split, class_names, allow_outside=preset.train.allow_outside)
@@ -128,12 +130,18 @@ def train(
             model_config, adopted = adopt_config(model_config, start.config)
             if adopted and world.is_main:
                 _LOG.info("init: %s as %s has them", ", ".join(adopted), init)
+        fitted = None if start is not None else fit_backbone(model_config, init_weights)
+        if fitted is not None:
+            adopted = changed_fields(model_config, fitted.config)
+            model_config = fitted.config
+            if adopted and world.is_main:
+                _LOG.info("init weights: %s as %s needs them", ", ".join(adopted), fitted.file.source)
         preset = dataclasses.replace(preset, model=model_config)
         torch.manual_seed(preset.train.seed)
-        model = RefineDet(model_config, dataset.class_names)
+        model = RefineDet(model_config, dataset.class_names, category_ids=dataset.category_ids)
         if preset.train.loss.classification == "focal":
             set_background_prior(model.network)
-        source, transfer = _initialise(model, backbone_weights, init, start)
+        source, transfer = _initialise(model, init, start, fitted)
         if transfer is not None and world.is_main:
             _LOG.info("init: %s", transfer.summary())
         config = RunConfig(preset, tuple(str(user_path(path)) for path in paths), dataset.class_names, source)
@@ -163,7 +171,7 @@ def resume(
     folder = user_path(run_folder)
     if not (folder / CONFIG_FILE).exists():
         raise UsageError(f"{folder}: no run there ({CONFIG_FILE} is missing)")
-    config = load_json(RunConfig, folder / CONFIG_FILE)
+    config = read_run_config(folder / CONFIG_FILE)
     state = load_checkpoint(folder / CHECKPOINT_FILE)
     with join_world(device) as world:
         dataset = open_joined(
@@ -172,7 +180,7 @@ def resume(
             config.class_names,
             allow_outside=config.preset.train.allow_outside,
         )
-        model = RefineDet(config.preset.model, config.class_names)
+        model = RefineDet(config.preset.model, config.class_names, category_ids=dataset.category_ids)
         training = _Training(folder, config, model, dataset, world, loggers)
         try:
             training.load_state(state)
@@ -183,10 +191,7 @@ def resume(
 
 
 def _initialise(
-    model: RefineDet,
-    backbone_weights: str | Path | None,
-    init: str | Path | None,
-    start: RefineDet | None,
+    model: RefineDet, init: str | Path | None, start: RefineDet | None, fitted: Fitted | None
 ) -> tuple[str, Transfer | None]:
     """Fill the network with its first weights; say where they came from and what became of the classes."""
     if start is not None:
@@ -194,26 +199,10 @@ def _initialise(
         state, transfer = transfer_classes(own, start.network.state_dict(), model.class_names, start.class_names)
         load_weights(model.network, state, str(init))
         return str(init), transfer
-    if backbone_weights == "random":
+    if fitted is None:
         return "random", None
-    if backbone_weights is None or backbone_weights == "torchvision":
-        model.network.backbone.load_imagenet(imagenet_state(model.config), "torchvision")
-        return "torchvision", None
-    path = user_path(backbone_weights)
-    if path.suffix in (".pth", ".pt"):
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise RefineDetError(f"{path}: no such file") from None
-        except Exception:
-            raise RefineDetError(
-                f"{path}: not a readable file of tensors (cut, corrupt, or a pickled object)"
-            ) from None
-    else:
-        tensors = read_safetensors(path)
-    with torch.no_grad():
-        model.network.backbone.load_imagenet(tensors, str(path))
-    return path.name, None
+    fitted.fill(model.network)
+    return Path(fitted.file.source).name, None
 
 
 class _Training:
@@ -242,10 +231,12 @@ class _Training:
         self.settings, self.own_loggers = settings, loggers
         self.evaluation_set = self._open_evaluation_set()
         self.also_trained_on = self._count_shared_images()
-        criterion = RefineDetLoss(model.config, settings.loss, total=world.mean_divisor if world.size > 1 else None)
+        criterion = RefineDetLoss(
+            model.config, settings.loss, normalizer=world.mean_divisor if world.size > 1 else None
+        )
         model.to(world.device)
         # A slow backbone is for keeping what it knows; with random numbers it knows nothing.
-        random = config.initial_weights == "random"
+        random = config.init_weights == "random"
         even = dataclasses.replace(settings, backbone_learning_rate_factor=1.0)
         optimizer = build_optimizer(model.network, even if random else settings)
         self.trainer = Trainer(model.network, criterion.to(world.device), settings, world, optimizer)
@@ -327,7 +318,9 @@ class _Training:
         """The weights worth evaluating and keeping, sharing memory with the training."""
         average = self.trainer.average
         network = self.model.network if average is None else cast(RefineDetNetwork, average.network)
-        return RefineDet(self.model.config, self.model.class_names, network=network)
+        return RefineDet(
+            self.model.config, self.model.class_names, network=network, category_ids=self.model.category_ids
+        )
 
     def _evaluate(self, limit: int | None, loggers: LoggerGroup) -> Report | None:
         """Evaluate over all processes: each takes every n-th image, so none counts twice."""

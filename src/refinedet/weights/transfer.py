@@ -95,6 +95,12 @@ def transfer_classes(
     return result, Transfer(carried, new, dropped)
 
 
+def changed_fields(before: ModelConfig, after: ModelConfig) -> tuple[str, ...]:
+    """Names of the fields in which two configs differ."""
+    names = (entry.name for entry in dataclasses.fields(before))
+    return tuple(name for name in names if getattr(before, name) != getattr(after, name))
+
+
 def adopt_config(config: ModelConfig, start: ModelConfig) -> tuple[ModelConfig, tuple[str, ...]]:
     """``config`` with the input and the form of the network that the weights of ``start`` were made for.
 

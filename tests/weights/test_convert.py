@@ -17,10 +17,14 @@ from torch.nn import functional as F
 
 from refinedet.config import ModelConfig
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.model.backbones import RESNETS
+from refinedet.model.network import RefineDetNetwork
 from refinedet.presets import PRESETS
 from refinedet.weights.caffemodel import read_caffemodel
-from refinedet.weights.importers import Imported, import_weights
+from refinedet.weights.convert import Imported, fit_backbone, import_weights
 from weights import formats
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 VGG = PRESETS["voc07-320-vgg16"].model
 CAFFE_INPUT = ("bgr", (104.0, 117.0, 123.0), (1.0, 1.0, 1.0))
@@ -114,7 +118,12 @@ def test_official_vgg16(caffe_vgg: tuple[Path, Blobs]) -> None:
     assert "official RefineDet with VGG-16" in imported.title
     assert imported.untrained == ()
     assert (config.channel_order, config.mean, config.std) == CAFFE_INPUT
-    assert (config.num_classes, config.tcb_channels, config.fc6_dilation, config.tcb_deconv_kernel) == (20, 256, 3, 2)
+    assert (config.num_classes, config.tcb_channels, config.fc6_dilation, config.tcb_deconv_kernel) == (
+        20,
+        formats.TCB,
+        3,
+        2,
+    )
     inference = config.inference
     assert (inference.candidates, inference.candidates_per, inference.max_detections) == (1000, "class", 500)
     assert config.image_size == (320, 320)
@@ -206,7 +215,7 @@ def test_dd604(tmp_path: Path) -> None:
     assert (config.num_classes, config.fc6_dilation, config.tcb_deconv_kernel) == (20, 6, 3)
     layers = formats.caffe_vgg_layers(20)
     for name in ("P4-up", "P5-up", "P6-up"):
-        layers[name][0] = formats.numbers(f"{name}/3x3", (256, 256, 3, 3))
+        layers[name][0] = formats.numbers(f"{name}/3x3", (formats.TCB, formats.TCB, 3, 3))
     assert_values(imported, layers)
     keys = {
         **{n: k.replace("vgg.", "base.") for n, k in formats.LUUUYI_KEYS.items()},
@@ -222,7 +231,7 @@ def test_dd604(tmp_path: Path) -> None:
 
 
 def test_dd604_tensors_that_should_be_one_are_compared(tmp_path: Path) -> None:
-    state = {key: value.flatten()[:2].clone() for key, value in formats.dd604_state(2).items()}
+    state = formats.dd604_state(2)
     state["layer2.3.weight"] = state["layer2.3.weight"] + 1
     with pytest.raises(RefineDetError, match=r"'base\.26\.weight' and 'layer2\.3\.weight' should be one tensor"):
         import_weights(write(tmp_path / "a.pth", state), VGG)
@@ -231,8 +240,6 @@ def test_dd604_tensors_that_should_be_one_are_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kernel", [2, 3, 4])
 def test_every_deconvolution_doubles_the_sides(kernel: int) -> None:
     config = dataclasses.replace(PRESETS["smoke"].model, tcb_channels=8, tcb_batch_norm=False, tcb_deconv_kernel=kernel)
-    from refinedet.model.network import RefineDetNetwork
-
     network = RefineDetNetwork(config).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 64, 128)).odm_offsets.shape == (1, 3 * 2 * 85, 4)
@@ -248,7 +255,7 @@ def caffe_vgg_maps(imported: Imported, kernels: formats.Kernels) -> None:
 
     def get(name: str) -> list[Tensor]:
         if name in ("conv4_3_norm", "conv5_3_norm"):
-            return [torch.full((512,), 10.0 if name == "conv4_3_norm" else 8.0).double()]
+            return [torch.full((64,), 10.0 if name == "conv4_3_norm" else 8.0).double()]
         if name in ("conv6_1", "conv6_2"):
             return [own[f"backbone.{name}.{suffix}"].double() for suffix in ("weight", "bias")]
         return kernels(name)
@@ -300,8 +307,8 @@ def test_imagenet_vgg16_of_torchvision_and_timm(tmp_path: Path, source: str) -> 
         for suffix, one in zip(("weight", "bias"), layers[name], strict=True)
     }
     full = {
-        "fc6": torch.from_numpy(formats.numbers("full6", (4096, 512 * 49)))[:, :],
-        "fc7": torch.from_numpy(formats.numbers("full7", (4096, 4096))),
+        "fc6": torch.from_numpy(formats.numbers("full6", (512, 64 * 49))),
+        "fc7": torch.from_numpy(formats.numbers("full7", (512, 512))),
     }
     first, second = (
         ("classifier.0", "classifier.3") if source == "torchvision" else ("pre_logits.fc1", "pre_logits.fc2")
@@ -310,11 +317,11 @@ def test_imagenet_vgg16_of_torchvision_and_timm(tmp_path: Path, source: str) -> 
         last = "classifier.6" if source == "torchvision" else "head.fc"
         timm = source == "timm"
         state |= {
-            f"{first}.weight": full["fc6"].reshape(4096, 512, 7, 7) if timm else full["fc6"],
-            f"{first}.bias": torch.arange(4096.0),
+            f"{first}.weight": full["fc6"].reshape(512, 64, 7, 7) if timm else full["fc6"],
+            f"{first}.bias": torch.arange(512.0),
             f"{second}.weight": full["fc7"][:, :, None, None] if timm else full["fc7"],
-            f"{second}.bias": -torch.arange(4096.0),
-            f"{last}.weight": torch.zeros(1000, 4096),
+            f"{second}.bias": -torch.arange(512.0),
+            f"{last}.weight": torch.zeros(1000, 512),
             f"{last}.bias": torch.zeros(1000),
         }
     path = tmp_path / "vgg16.safetensors"
@@ -327,19 +334,19 @@ def test_imagenet_vgg16_of_torchvision_and_timm(tmp_path: Path, source: str) -> 
             assert torch.equal(own[f"backbone.{key}"], value)
     assert ("backbone.fc6" in imported.untrained) == (source == "features")
     if source != "features":
-        kernel = full["fc6"].reshape(4096, 512, 7, 7)
-        for output, channel, row, column in ((0, 0, 0, 0), (5, 7, 1, 2), (1023, 511, 2, 2)):
+        kernel = full["fc6"].reshape(512, 64, 7, 7)
+        for output, channel, row, column in ((0, 0, 0, 0), (5, 7, 1, 2), (127, 63, 2, 2)):
             expected = kernel[4 * output, channel, 3 * row, 3 * column]
             assert own["backbone.fc6.weight"][output, channel, row, column] == expected
-        assert torch.equal(own["backbone.fc6.bias"], torch.arange(0.0, 4096, 4))
+        assert torch.equal(own["backbone.fc6.bias"], torch.arange(0.0, 512, 4))
         assert own["backbone.fc7.weight"][3, 9, 0, 0] == full["fc7"][12, 36]
-        assert torch.equal(own["backbone.fc7.bias"], -torch.arange(0.0, 4096, 4))
+        assert torch.equal(own["backbone.fc7.bias"], -torch.arange(0.0, 512, 4))
 
 
 @pytest.mark.parametrize(("name", "timm"), [("resnet18", False), ("resnet50", True), ("resnet101", False)])
 def test_imagenet_resnets_of_torchvision_and_timm(tmp_path: Path, name: str, timm: bool) -> None:
     torch.manual_seed(1)
-    body = getattr(torchvision.models, name)(weights=None).eval()
+    body = RESNETS[name].build(weights=None).eval()
     for module in body.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
@@ -415,14 +422,13 @@ def test_caffe_resnet101_of_imagenet(tmp_path: Path) -> None:
 
 
 def test_official_resnet101(tmp_path: Path) -> None:
-    classes = 80
+    classes = 7
     layers = formats.caffe_resnet_layers(classes)
     path = formats.write_caffemodel(tmp_path / "coco_refinedet_resnet101_320x320.caffemodel", layers)
     imported = import_weights(path, RESNET)
     assert imported.untrained == ()
     assert imported.config.num_classes == classes
     assert (imported.config.channel_order, imported.config.mean, imported.config.std) == CAFFE_INPUT
-    assert sum(p.numel() for p in imported.network.parameters()) == 82_451_588
     own = imported.network.state_dict()
     for ours, norm, keys in (
         ("backbone.res6.branch2b", "backbone.res6.branch2b_bn", [f"{k}6_branch2b" for k in ("res", "bn", "scale")]),
@@ -439,7 +445,7 @@ def test_official_resnet101(tmp_path: Path) -> None:
         ),
     ):  # fmt: skip
         assert_normed(own, ours, norm, tuple(keys), layers)  # type: ignore[arg-type]
-    rows = [k * 81 + (c + 1) % 81 for k in range(3) for c in range(81)]
+    rows = [k * 8 + (c + 1) % 8 for k in range(3) for c in range(8)]
     np.testing.assert_array_equal(own["odm.1.logits.weight"].numpy(), layers["resP4_inter_mbox_conf"][0][rows])
     np.testing.assert_array_equal(own["arm.2.offsets.bias"].numpy(), layers["resres5c_relu_inter_mbox_loc"][1])
     assert_same_outputs(imported, lambda x: formats.run_resnet(x, kernels_of(layers)))
@@ -472,18 +478,20 @@ def test_first_missing_and_first_unexpected_key_are_named(tmp_path: Path) -> Non
 
 def test_wrong_shapes_are_named(tmp_path: Path) -> None:
     state = formats.luuuyi_state(2)
-    state["tcb0.6.weight"] = state["tcb0.6.weight"][:, :512]
+    state["tcb0.6.weight"] = state["tcb0.6.weight"][:, :64]
     message = refusal(write(tmp_path / "a.pth", state))
-    assert "'tcb0.6.weight' has shape (256, 512, 3, 3), the network needs (256, 1024, 3, 3)" in message
-    state["arm_loc.0.weight"] = torch.zeros(24, 512, 3, 3)
+    assert "'tcb0.6.weight' has shape (32, 64, 3, 3), the network needs (32, 128, 3, 3)" in message
+    state["arm_loc.0.weight"] = torch.zeros(24, 64, 3, 3)
     assert "24 outputs; models with 3 anchors" in refusal(write(tmp_path / "six.pth", state))
-    state["arm_loc.0.weight"] = torch.zeros(12, 512, 3, 3)
-    state["odm_conf.0.weight"] = torch.zeros(8, 256, 3, 3)
+    state["arm_loc.0.weight"] = torch.zeros(12, 64, 3, 3)
+    state["odm_conf.0.weight"] = torch.zeros(8, 32, 3, 3)
     assert "no number of classes" in refusal(write(tmp_path / "odd.pth", state))
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    state = {"vgg.0.weight": torch.zeros(2), "vgg.5.bias": torch.tensor([1.0, float("nan")])}
+    state = formats.luuuyi_state(2)
+    state["vgg.5.bias"] = state["vgg.5.bias"].clone()
+    state["vgg.5.bias"][7] = float("nan")
     assert "'vgg.5.bias' holds numbers that are not finite" in refusal(write(tmp_path / "a.pth", state))
 
 
@@ -561,3 +569,63 @@ def test_content_that_is_no_state_dict(tmp_path: Path) -> None:
     assert "no state dict" in refusal(write(tmp_path / "a.pth", [1, 2]))
     assert "'epoch' is no tensor" in refusal(write(tmp_path / "b.pth", {"epoch": 1}))
     assert "no state dict" in refusal(write(tmp_path / "c.pth", {}))
+
+
+# Training from a file, and converting it ------------------------------------------------------------------------------
+
+
+def resnet18_state(seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return dict(torchvision.models.resnet18(weights=None).state_dict())
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.pth.tar", "pytorch_model.bin", "a.safetensors"])
+@pytest.mark.parametrize("inside", [None, "state_dict", "model"])
+def test_a_training_starts_from_the_network_that_convert_makes(tmp_path: Path, name: str, inside: str | None) -> None:
+    state, path = resnet18_state(), tmp_path / name
+    if name.endswith(".safetensors"):
+        save_file(state, path)
+    else:
+        write(path, state if inside is None else {"epoch": 90, inside: state})
+    config = ModelConfig(
+        backbone="resnet18", tcb_channels=4, tcb_batch_norm=True, mean=(1.0, 2.0, 3.0), channel_order="bgr"
+    )
+    imported = import_weights(path, config)
+    fitted = fit_backbone(config, path)
+    assert fitted is not None
+    assert fitted.config == imported.config
+    assert (fitted.config.channel_order, fitted.config.mean) == ("rgb", (123.675, 116.28, 103.53))
+    network = RefineDetNetwork(fitted.config)
+    fitted.fill(network)
+    for key, tensor in network.backbone.state_dict().items():
+        if not key.startswith("res6."):
+            assert torch.equal(tensor, imported.network.backbone.state_dict()[key])
+
+
+def test_what_a_training_can_start_from(tmp_path: Path) -> None:
+    assert fit_backbone(VGG, "random") is None
+    with pytest.raises(UsageError, match=r"a whole detector: make a model of it with refinedet convert, .* --init"):
+        fit_backbone(VGG, write(tmp_path / "a.pth", formats.luuuyi_state(2)))
+    with pytest.raises(UsageError, match="has the backbone resnet18; the preset has vgg16"):
+        fit_backbone(VGG, write(tmp_path / "b.pth", resnet18_state()))
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor"),
+    [
+        ("odm_conf.0.weight", torch.tensor(1.0)),
+        ("tcb1.0.weight", torch.tensor(1.0)),
+        ("tcb1.0.weight", torch.zeros(7, 7, 9, 9)),
+        ("arm_loc.0.weight", torch.zeros(12)),
+        ("vgg.31.weight", torch.zeros(4, 4)),
+        ("vgg.33.bias", torch.zeros(0)),
+        ("conv4_3_L2Norm.weight", torch.tensor(1.0)),
+        ("odm_conf.1.bias", torch.zeros(9, 9, 9)),
+    ],
+)
+def test_odd_shapes_end_in_one_line(tmp_path: Path, key: str, tensor: Tensor) -> None:
+    state = {name: value[:1, :1] if value.ndim > 1 else value[:1] for name, value in formats.luuuyi_state(2).items()}
+    for name in ("arm_loc.0.weight", "odm_conf.0.weight", "tcb1.0.weight"):
+        state[name] = formats.luuuyi_state(2)[name]
+    state[key] = tensor
+    refusal(write(tmp_path / "a.pth", state))
