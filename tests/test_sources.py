@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
+import subprocess
+import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,3 +286,32 @@ def test_a_bug_is_not_hidden() -> None:
 def test_wrong_batch_sizes(value: Any) -> None:
     with pytest.raises(UsageError, match="batch_size must be a whole number of at least 1"):
         next(decode_ahead([1], abs, Work().read, batch_size=value))
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_images_that_unpack_to_half_a_gigabyte(tmp_path: Path) -> None:
+    """A file of half a megabyte whose 13,300 x 13,400 black pixels just pass the limit, five times in a row."""
+    width, height = 13_300, 13_400
+    packer = zlib.compressobj()
+    rows = b"".join(packer.compress(bytes(1 + 3 * width)) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    ]
+    (tmp_path / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    for number in range(1, 5):
+        (tmp_path / f"{number}.png").symlink_to("0.png")
+    program = (
+        "import resource, sys\n"
+        "from refinedet.sources import OneImage, decode_ahead, list_images\n"
+        "sizes = []\n"
+        "for batch in decode_ahead(list_images(sys.argv[1]), OneImage.count, OneImage.read, batch_size=8):\n"
+        "    sizes += [image.pixels.shape for image in batch]\n"
+        "    batch.clear()\n"
+        "    del batch\n"
+        "assert sizes == [(13400, 13300, 3)] * 5\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1500  # 680 MB in Pillow, 510 MB as RGB

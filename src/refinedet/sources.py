@@ -1,4 +1,4 @@
-"""From what a user names to batches of pixels: files, folders, patterns, addresses and images at hand.
+"""From what a user names (files, folders, patterns, addresses, images at hand) to batches of pixels.
 
 ``find_images`` turns paths into files. ``decode_ahead`` decodes images in threads while the caller works on those that
 came before, and holds no more pixels at once than a bound. Prediction, the command line and evaluation all use it.
@@ -65,9 +65,8 @@ def find_images(sources: Iterable[str | os.PathLike[str]], *, recursive: bool = 
     """Files behind a list of files, folders, patterns and addresses, in the order given.
 
     Of a folder the images directly inside are taken, or with ``recursive`` those of its subfolders too (hidden ones and
-    links to folders left out), sorted by name; a pattern such as ``photos/*.jpg`` or
-    ``photos/**/*.png`` gives its images, sorted; ``**`` does not follow symbolic links to folders. A file named by
-    itself is taken whatever its ending, an http(s) address without asking the server.
+    links to folders left out), sorted by name; a pattern such as ``photos/**/*.png`` gives its images, sorted; ``**``
+    does not follow links to folders. A file named by itself is taken whatever its ending, an http(s) address as it is.
 
     Raises:
         UsageError: a source that does not exist or holds no images, or no source at all.
@@ -88,7 +87,7 @@ def holds_many(source: object) -> bool:
     if isinstance(source, str) and is_address(text):
         return False
     path = user_path(os.fsdecode(os.fspath(source)))
-    return _is_dir(path) or (not _exists(path) and glob.has_magic(str(path)))
+    return _holds(path.is_dir) or (not _holds(path.exists) and glob.has_magic(str(path)))
 
 
 def _files_of(source: str | os.PathLike[str], passed_over: Counter[str], recursive: bool) -> list[str]:
@@ -98,14 +97,14 @@ def _files_of(source: str | os.PathLike[str], passed_over: Counter[str], recursi
             raise UsageError(f"{name}: only http:// and https:// addresses are fetched; give a path for a local file")
         return [source]
     path = user_path(os.fsdecode(os.fspath(source)))
-    if _is_dir(path):
+    if _holds(path.is_dir):
         try:
             inside = sorted(_files_in(path, recursive))
         except OSError as error:
             raise UsageError(f"{name}: cannot be searched ({error.strerror})") from None
         hint = "" if recursive else "; its subfolders are not searched (the command line's --recursive does)"
         return _images_of(inside, f"{name}: no images in this folder{hint}", passed_over)
-    if _exists(path):
+    if _holds(path.exists):
         return [str(path)]
     if glob.has_magic(str(path)):
         return _images_of(_matches(path, name), f"{name}: no image matches this pattern", passed_over)
@@ -135,17 +134,10 @@ def _images_of(files: list[Path], none_found: str, passed_over: Counter[str]) ->
     return images
 
 
-def _is_dir(path: Path) -> bool:
+def _holds(question: Callable[[], bool]) -> bool:
     try:
-        return path.is_dir()
-    except OSError:  # a name that is too long
-        return False
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:
+        return question()
+    except OSError:  # a path that is too long
         return False
 
 
