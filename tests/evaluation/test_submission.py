@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,9 @@ def test_nothing_found_is_an_empty_list(coco_test: Path, tmp_path: Path) -> None
 def test_members_have_safe_names(voc_folder: FolderFactory, tmp_path: Path) -> None:
     """Names that would leave the folder, or be one file where case does not count."""
     names = ("../../evil", "a/b", "A_b", "tab\there", "..")
-    dataset = open_dataset(voc_folder(class_names=NAMES), "trainval", (*NAMES, *names))
+    # Reading refuses some of these names; a dataset made in Python need not.
+    plain = open_dataset(voc_folder(class_names=NAMES), "trainval", NAMES)
+    dataset = replace(plain, class_names=(*NAMES, *names))
     write_submission(tmp_path / "a.zip", dataset, {0: Detections.empty(dataset.class_names, (96, 64))})
     members = [name.removeprefix("results/voc/Main/comp4_det_trainval_") for name in read_archive(tmp_path / "a.zip")]
     assert members == [
