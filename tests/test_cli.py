@@ -80,6 +80,7 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(arguments) == code
         overview = capsys.readouterr().out
         assert all(f"\n  {verb} " in overview for verb in cli.VERBS)
+        assert [line for line in overview.splitlines() if len(line) > 80] == []
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"refinedet {refinedet.__version__}\n"
     assert "known: train" in refused(capsys, ["zzz"])

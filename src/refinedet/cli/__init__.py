@@ -63,7 +63,8 @@ def _overview() -> str:
             "",
             *(f"  {name:<10}{(function.__doc__ or '').splitlines()[0]}" for name, function in VERBS.items()),
             "",
-            "refinedet COMMAND --help explains the flags of a command; refinedet --version tells the version.",
+            "refinedet COMMAND --help explains the flags of a command.",
+            "refinedet --version tells the version.",
         ]
     )
 

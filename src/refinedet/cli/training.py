@@ -181,7 +181,9 @@ def ablate(
     settings: Training = TrainConfig(),  # noqa: B008
     model: ModelConfig = ModelConfig(),  # noqa: B008
 ) -> int:
-    """Train and evaluate the four variants of the paper's Table 2 under equal conditions.
+    """Train and compare the four variants of the paper's Table 2.
+
+    All have the same data, schedule, seed and weights to start from.
 
     The flags are those of refinedet train; a preset may come first (default: voc07-320-vgg16). Each variant has its
     run folder in --out. The same command given again goes on where it was stopped, and prints the table at the end.

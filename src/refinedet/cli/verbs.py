@@ -52,7 +52,7 @@ def evaluate(
     allow_outside: Switch = False,
     device: Device = "auto",
 ) -> int:
-    """Measure a detector on annotated images: average precision per class and its mean.
+    """Measure the average precision of a detector on annotated images.
 
     With --submission also on images whose annotations are not public: results for their server instead of figures.
 
@@ -168,7 +168,7 @@ def _log_of_run(weights: str) -> Path | None:
 
 @verb
 def compare(first: Run, second: Run, /) -> int:
-    """Compare two runs: settings that differ, and AP of each class on the images that both held out.
+    """Compare two runs: settings, and AP of each class on shared images.
 
     AP is that at an IoU of 0.5, from the detections that the evaluation at the end of each training saved. The
     intervals (95 %) come from drawing the images anew 500 times.
@@ -204,7 +204,7 @@ def predict(
     max_pixels: OptionalCount = None,
     device: Device = "auto",
 ) -> int:
-    """Detect objects in images: a table on the terminal and, on request, drawn copies and JSON.
+    """Detect objects in images: a table, drawn copies, JSON.
 
     An image that cannot be read is reported in one line, the others are processed all the same, and the exit code is 1.
     A run that is stopped keeps the results that it has.
@@ -284,7 +284,7 @@ def inspect(
     mosaic: OptionalFile = None,
     allow_outside: Switch = False,
 ) -> int:
-    """Look over annotated images before training: counts, sizes, and each faulty box or file by name.
+    """Check annotated images before training: counts, sizes, faults.
 
     The exit code is 1 if a file is so faulty that training would refuse it.
 
@@ -384,7 +384,7 @@ def benchmark(
     threads: OptionalCount = None,
     device: Device = "auto",
 ) -> int:
-    """Measure speed at batch 1: frames per second, number of boxes, and milliseconds of each step.
+    """Measure the speed of a detector at batch 1, step by step.
 
     Args:
         weights: A bundled model, a run folder, a folder of weights, hf:owner/name, or a preset, with random weights.
