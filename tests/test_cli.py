@@ -196,7 +196,7 @@ def test_train_from_a_detector(trainer: list[Any]) -> None:
 
 def test_train_resume(trainer: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--resume", str(tmp_path), "--device", "cpu"]) == 0
-    assert trainer == [(tmp_path, {"device": "cpu"})]
+    assert trainer == [(tmp_path, {"data": None, "workers": None, "device": "cpu"})]
     capsys.readouterr()
     assert "no such run folder" in refused(capsys, ["train", "--resume", tmp_path / "absent"])
     assert "--iterations" in refused(capsys, ["train", f"--resume={tmp_path}", "--iterations", "5"])

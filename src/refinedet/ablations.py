@@ -6,20 +6,23 @@ The paper takes its parts away one after the other, so each row of ``VARIANTS`` 
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refinedet.config import ModelConfig, Preset
-from refinedet.dataclass_json import load_json
-from refinedet.errors import UsageError
-from refinedet.files import user_path
-from refinedet.training.run import CHECKPOINT_FILE, CONFIG_FILE, RunConfig
-from refinedet.training.train import resume, train
+import torch
 
+from refinedet.config import ModelConfig, Preset
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import read_json, user_path
+from refinedet.training.run import REPORT_FOLDER
+from refinedet.training.train import train
+
+_LOG = logging.getLogger(__name__)
 TABLE_FILE = "table.md"
 TABLE_SIGNATURE = "table written by refinedet"
 """Stands in ``TABLE_FILE``, so that a later table may replace it."""
@@ -72,33 +75,59 @@ def ablate(
     Raises:
         UsageError: no split to evaluate on, or ``out`` holds runs of other settings.
     """
-    if preset.train.evaluate_split in ("", "none"):
+    presets = {
+        variant.name: dataclasses.replace(preset, model=variant_of(preset.model, variant)) for variant in VARIANTS
+    }
+    return train_variants(
+        presets, data, out=user_path(out), init_weights=init_weights, class_names=class_names, device=device
+    )
+
+
+def train_variants(
+    presets: Mapping[str, Preset],
+    data: str | Path | Sequence[str | Path],
+    *,
+    out: Path,
+    init_weights: str | Path | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str = "auto",
+) -> dict[str, float]:
+    """Train and evaluate presets one after the other, each in a folder of its name, and say which one runs.
+
+    Called again, it goes on in the run that was stopped; those that are finished are only looked up.
+
+    Returns:
+        mAP in 0..1 by name.
+
+    Raises:
+        UsageError: a preset has no split to evaluate on, or ``out`` holds runs of other settings.
+    """
+    if any(preset.train.evaluate_split in ("", "none") for preset in presets.values()):
         raise UsageError("an ablation compares figures: give a split to measure them on with --evaluate-split")
-    folder = user_path(out)
-    paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
-    found: dict[str, float] = {}
-    for variant in VARIANTS:
-        target = folder / variant.name
-        wanted = dataclasses.replace(preset, model=variant_of(preset.model, variant))
-        figure = _finished(target)
-        if (target / CONFIG_FILE).exists():
-            _check_same(target, wanted, paths)
-        if figure is None and (target / CHECKPOINT_FILE).exists():
-            run = resume(target, device=device)
-        elif figure is None:
-            run = train(
-                wanted,
-                paths,
-                out=target,
-                init_weights=init_weights,
-                class_names=class_names,
-                device=device,
-            )
-        if figure is None:
-            assert run.report is not None
-            figure = run.report["mAP"]
-        found[variant.name] = figure
-    return found
+    figures: dict[str, float] = {}
+    for number, (name, preset) in enumerate(presets.items(), 1):
+        if os.environ.get("RANK", "0") == "0":
+            _LOG.info("variant %s (%d of %d)", name, number, len(presets))
+        if preset.train.compile:
+            torch.compiler.reset()  # or the eighth network would run uncompiled
+        run = train(preset, data, out=out / name, init_weights=init_weights, class_names=class_names, device=device)
+        figures[name] = recorded_figure(run.folder) if run.report is None else run.report["mAP"]
+    return figures
+
+
+def recorded_figure(folder: Path) -> float:
+    """Figure of a finished run, mAP in 0..1.
+
+    Raises:
+        RefineDetError: its report cannot be read.
+    """
+    path = folder / REPORT_FOLDER / "report.json"
+    try:
+        return float(read_json(path)["figures"]["mAP"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RefineDetError):
+            raise
+        raise RefineDetError(f"{path}: not the report of a training; remove it and train again") from None
 
 
 def variant_of(model: ModelConfig, variant: Variant) -> ModelConfig:
@@ -139,24 +168,3 @@ def table(found: dict[str, float], preset: Preset) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
-def _finished(folder: Path) -> float | None:
-    """The final figure of a run, None if it has not come to its end."""
-    path = folder / "report" / "report.json"
-    if not path.exists():
-        return None
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["figures"]["mAP"])
-    except (OSError, ValueError, KeyError, TypeError):
-        # Stopped while it was written: the checkpoint is complete, and resuming evaluates again.
-        return None
-
-
-def _check_same(folder: Path, wanted: Preset, data: Sequence[str | Path]) -> None:
-    run = load_json(RunConfig, folder / CONFIG_FILE)
-    # The number of classes came from the data.
-    model = dataclasses.replace(wanted.model, num_classes=run.preset.model.num_classes)
-    same_data = run.data == tuple(str(user_path(part)) for part in data)
-    if run.preset.model != model or run.preset.train != wanted.train or not same_data:
-        raise UsageError(f"{folder}: holds a run of other settings or data; choose another --out")

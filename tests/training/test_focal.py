@@ -183,7 +183,7 @@ def test_trainer_sets_the_prior_on_new_heads_only(voc_folder: FolderFactory, tmp
     torch.testing.assert_close(bias.softmax(-1)[:, -1], torch.full((3,), 0.99))
     start = RefineDet(replace(MODEL, num_classes=2), ("cat", "dog"))
     start.save_pretrained(tmp_path / "start")
-    run = train(preset, voc_folder(name="b"), out=tmp_path / "b", init=tmp_path / "start", device="cpu")
+    run = train(preset, voc_folder(name="b"), out=tmp_path / "c", init=tmp_path / "start", device="cpu")
     torch.testing.assert_close(
         run.model.network.state_dict()["odm.0.logits.bias"], start.network.state_dict()["odm.0.logits.bias"]
     )

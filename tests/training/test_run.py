@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,10 @@ import torch
 from conftest import FullDisk
 from refinedet.config import ModelConfig
 from refinedet.detector import RefineDet
-from refinedet.errors import RefineDetError
+from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import write_atomically
-from refinedet.training.run import load_checkpoint, save_checkpoint
+from refinedet.training import run
+from refinedet.training.run import RunFolder, load_checkpoint, save_checkpoint
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -88,3 +93,130 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty.ckpt").write_bytes(b"")
     with pytest.raises(RefineDetError, match=r"empty\.ckpt: not a readable checkpoint"):
         load_checkpoint(tmp_path / "empty.ckpt")
+
+
+def state(number: int) -> dict[str, object]:
+    return {"iteration": number, "network": {f"w{i}": torch.full((16,), float(number)) for i in range(4)}}
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, state(1))
+    whole, rng = path.read_bytes(), random.Random(0)
+    assert zipfile.ZipFile(path).testzip() is None
+    assert torch.load(path, weights_only=True)["iteration"] == 1
+    for position in [*rng.sample(range(len(whole)), 300), *range(len(whole) - 100, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(RefineDetError, match=r"last\.ckpt: not a readable checkpoint"):
+            load_checkpoint(path)
+
+
+def test_the_last_two_checkpoints_are_kept_and_the_older_one_helps_out(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number in range(1, 4):
+        folder.save_checkpoint(state(number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+    assert folder.load_checkpoint()[0]["iteration"] == 3
+    (tmp_path / "last.ckpt").write_bytes(b"damaged")
+    again = RunFolder(tmp_path)
+    found, warning = again.load_checkpoint()
+    assert found["iteration"] == 2
+    assert warning is not None
+    assert "last.ckpt: not a readable checkpoint" in warning
+    assert "going on from previous.ckpt, iteration 2" in warning
+    again.save_checkpoint(state(3))  # the damaged one must not push out the only good one
+    assert load_checkpoint(tmp_path / "previous.ckpt")["iteration"] == 2
+    again.save_checkpoint(state(4))
+    assert load_checkpoint(tmp_path / "previous.ckpt")["iteration"] == 3
+    (tmp_path / "last.ckpt").unlink()
+    assert RunFolder(tmp_path).load_checkpoint()[0]["iteration"] == 3
+    (tmp_path / "previous.ckpt").write_bytes(b"damaged")
+    with pytest.raises(RefineDetError, match=r"last\.ckpt: no checkpoint there"):
+        RunFolder(tmp_path).load_checkpoint()
+
+
+def test_without_hard_links_the_previous_checkpoint_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    folder = RunFolder(tmp_path)
+    folder.save_checkpoint(state(1))
+    folder.save_checkpoint(state(2))
+    assert load_checkpoint(tmp_path / "previous.ckpt")["iteration"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
+
+
+_SECOND = """
+import sys
+from pathlib import Path
+from refinedet.training.run import RunFolder
+with RunFolder(Path(sys.argv[1])).lock():
+    pass
+"""
+
+
+def test_one_run_has_one_writer(tmp_path: Path) -> None:
+    def second() -> str:
+        command = [sys.executable, "-c", _SECOND, str(tmp_path / "run")]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ)).stderr
+
+    with RunFolder(tmp_path / "run").lock():
+        assert "another training is writing there" in second()
+        with pytest.raises(UsageError, match="another training is writing there"), RunFolder(tmp_path / "run").lock():
+            pytest.fail("two writers")
+        # A loading process that outlives its trainer must not keep the folder.
+        child = os.fork()
+        if not child:
+            os._exit(int(bool(run._locks)))
+        assert os.waitpid(child, 0)[1] == 0
+    assert second() == ""
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_a_model_folder_is_replaced_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool
+) -> None:
+    if not in_one_step:
+        monkeypatch.setattr(run, "_exchange", lambda *_: False)
+    folder = RunFolder(tmp_path)
+
+    def save(text: str) -> None:
+        def write(target: Path) -> None:
+            for name in ("model.safetensors", "config.json"):
+                (target / name).write_text(text)
+                if text == "fails":
+                    raise RefineDetError("disk full")
+
+        folder.save_model("last", write)
+
+    save("first")
+    (tmp_path / "last/notes.txt").write_text("mine")
+    save("second")
+    with pytest.raises(RefineDetError, match="disk full"):
+        save("fails")
+    assert {path.name: path.read_text() for path in (tmp_path / "last").iterdir()} == {
+        "model.safetensors": "second", "config.json": "second", "notes.txt": "mine",
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_what_killed_trainings_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_model("best", lambda target: (target / "config.json").write_text("best"))
+    for name in (".last.ckpt.abcdefgh.part", "best/.model.safetensors.abcdefgh.part"):
+        (tmp_path / name).write_text("cut")
+    (tmp_path / ".last.abcdefgh.part").mkdir()
+    (tmp_path / ".last.abcdefgh.part/config.json").write_text("cut")
+    (tmp_path / ".last.old").mkdir()
+    (tmp_path / ".last.old/config.json").write_text("last")  # killed between two renamings
+    for name in (".hidden", "my.part", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    with folder.lock():
+        folder.clear()
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert names == [".hidden", "best", "best/config.json", "last", "last/config.json", "my.part", "notes.txt"]
+    assert (tmp_path / "last/config.json").read_text() == "last"

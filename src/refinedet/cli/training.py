@@ -98,7 +98,8 @@ def train(
         preset: Where the defaults come from; `refinedet models` lists the presets.
         data: Folders or files of annotated images (Pascal VOC, COCO JSON or YOLO); several are trained on together.
         out: Run folder for configuration, metrics, weights and checkpoints (default: runs/PRESET).
-        resume: Continue the training of this run folder; goes with no other flag but --device.
+        resume: Continue the training of this run folder; goes with no other flags but --data, --workers and
+            --device.
         init_weights: ImageNet weights of the backbone: a file (docs/weights.md lists the formats), 'torchvision' to
             download them, or 'random'.
         init: A detector to start from instead: a bundled model, a run folder, a folder of weights, or hf:owner/name.
@@ -131,11 +132,19 @@ def train(
     return _trained(run_folder)
 
 
-def resume_run(*, resume: Folder, device: Device = "auto") -> int:
+def resume_run(
+    *,
+    resume: Folder,
+    data: DataPaths = (),
+    workers: Annotated[int | None, flag("INT")] = None,
+    device: Device = "auto",
+) -> int:
     """Continue a training with the settings of its run folder.
 
     Args:
         resume: Run folder.
+        data: Where the data has moved to since the run began.
+        workers: Processes per trainer that load and augment images (default: as the run began).
         device: cpu, cuda, mps, or auto (a GPU if there is one).
     """
     folder = user_path(resume)
@@ -144,7 +153,7 @@ def resume_run(*, resume: Folder, device: Device = "auto") -> int:
 
     from refinedet.training.train import resume as resume_training
 
-    resume_training(folder, device=device)
+    resume_training(folder, data=data or None, workers=workers, device=device)
     return _trained(folder)
 
 

@@ -6,8 +6,13 @@ workers, nor on where a run was stopped. So a resumed run sees what the uninterr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import multiprocessing
+import multiprocessing.process
+import shutil
+import signal
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data.augment import (
@@ -29,9 +34,15 @@ from refinedet.data.augment import (
     transform_boxes,
 )
 from refinedet.data.records import DetectionDataset
-from refinedet.errors import RefineDetError
+from refinedet.errors import RefineDetError, UsageError
 from refinedet.preprocess import normalize
+from refinedet.training.distributed import share_of
 from refinedet.training.matching import Targets
+
+LOADER_TIMEOUT = 300
+"""Seconds without a batch after which the loading processes are given up."""
+_SHARED_MEMORY = "/dev/shm"
+_ADVICE = "load in the trainer itself with --workers 0, or, in a container, give it more (docker run --shm-size 8g)"
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,9 @@ class Draw:
 
 
 class EndlessOrder(Sampler[list[Draw]]):
-    """Draws of each pass of one process: a new permutation every epoch, pictures dealt out evenly over processes.
+    """Draws of each pass of one process: a new permutation every epoch, images dealt out over the processes.
+
+    Where a pass does not divide by the processes, shares differ by one image. What image n is never depends on them.
 
     Args:
         length: pictures in the data set.
@@ -94,14 +107,14 @@ class EndlessOrder(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         config = self.config
         per_pass = config.batch_size // config.accumulation_steps
-        share = per_pass // self.world
+        share = share_of(per_pass, self.rank, self.world)
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for iteration in range(self.start, config.iterations):
             size = self.size_at(iteration)
             for step in range(config.accumulation_steps):
-                first = iteration * config.batch_size + step * per_pass + self.rank * share
+                first = iteration * config.batch_size + step * per_pass
                 draws = []
-                for number in range(first, first + share):
+                for number in range(first + share.start, first + share.stop):
                     if number // self.length != epoch:
                         epoch = number // self.length
                         order = np.random.default_rng([config.seed, epoch]).permutation(self.length)
@@ -225,6 +238,13 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
             samples.append(item)
         pictures, boxes, labels, names = zip(*samples, strict=True)
         images = torch.from_numpy(np.stack([normalize(picture, self.model) for picture in pictures]))
+        if get_worker_info() is not None:
+            # On its way to the trainer it would go there in any case, but in a thread of the loading process, where a
+            # failure only prints a traceback and the trainer waits for ever.
+            try:
+                images.share_memory_()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                return RefineDetError(f"a loading process cannot pass on a batch ({_first_line(error)}); {_ADVICE}")
         return _Loaded(images, [one.numpy() for one in boxes], [one.numpy() for one in labels], list(names))
 
 
@@ -238,26 +258,105 @@ def training_batches(
     world: int = 1,
     pin_memory: bool = False,
     image_size: tuple[int, int] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One batch for every pass of this process, from iteration ``start`` to the last.
 
     ``image_size``, height and width, replaces that of ``model``: another network may have another input.
 
     Raises:
-        RefineDetError: a picture cannot be read; its file is named.
+        RefineDetError: an image cannot be read (its file is named), or a loading process ended or no longer answers.
     """
     pictures = AugmentedPictures(dataset, model, config.augment, config.seed, keep=config.keep_images)
     size = image_size or model.image_size
     order = EndlessOrder(len(dataset), config, size, start=start, rank=rank, world=world)
+    sides = [size[0] * size[1], *(side * side for _, side in config.size_schedule)]
+    share = share_of(config.batch_size // config.accumulation_steps, rank, world)
     loader = DataLoader(
         pictures,
         batch_sampler=order,
         num_workers=config.workers,
         collate_fn=pictures.collate,
         pin_memory=pin_memory,
-        prefetch_factor=4 if config.workers else None,
+        prefetch_factor=_batches_ahead(config.workers, len(share) * 3 * 4 * max(sides)),
+        timeout=LOADER_TIMEOUT if config.workers else 0,
+        worker_init_fn=_start_worker,
+        # The loader draws a seed for its processes, from the global generator if it has none of its own; how often
+        # depends on how often a training was stopped.
+        generator=torch.Generator(),
     )
-    for loaded in loader:
-        if isinstance(loaded, RefineDetError):
-            raise loaded
-        yield loaded.batch(pin_memory=pin_memory)
+    others = set(multiprocessing.active_children())
+    workers: list[multiprocessing.process.BaseProcess] = []
+    loaded_batches: Iterator[_Loaded | RefineDetError] | None = None
+    try:
+        loaded_batches = iter(loader)
+        workers = [one for one in multiprocessing.active_children() if one not in others]
+        while True:
+            try:
+                loaded = next(loaded_batches, None)
+            except RuntimeError as error:
+                raise explain_loader(error) from None
+            if loaded is None:
+                return
+            if isinstance(loaded, RefineDetError):
+                raise loaded
+            yield loaded.batch(pin_memory=pin_memory)
+    finally:
+        # Before they are killed the loader must know that it has ended. It asks them to leave and terminates them, but
+        # they do not hear SIGTERM, which the whole group of processes may get, and one that is stopped hears nothing.
+        with contextlib.suppress(RuntimeError):
+            getattr(loaded_batches, "_shutdown_workers", int)()
+        for worker in workers:
+            worker.kill()
+
+
+def _start_worker(_: int) -> None:
+    """Signals go to the trainer, which saves; a loading process that left before it would cost it the iteration."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        number = getattr(signal, name, None)
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _batches_ahead(workers: int, batch_bytes: int) -> int | None:
+    """How many batches each loading process prepares: as many as the shared memory holds, 4 at most.
+
+    Raises:
+        UsageError: it does not hold even one for each process.
+    """
+    if not workers:
+        return None
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:  # not a Linux system
+        return 4
+    for ahead in (4, 3, 2, 1):
+        # One batch more is with the trainer.
+        if (workers * ahead + 1) * batch_bytes <= free:
+            return ahead
+    raise UsageError(
+        f"{_SHARED_MEMORY} has {free / 2**20:.0f} MB free, {workers} loading processes need at least "
+        f"{(workers + 1) * batch_bytes / 2**20:.0f} MB; {_ADVICE}"
+    )
+
+
+def explain_loader(error: RuntimeError) -> Exception:
+    """What torch's data loader reports in many lines, in one; other errors as they are.
+
+    It reports the death of a loading process wherever the trainer happens to be.
+    """
+    text = str(error)
+    if "timed out" in text:
+        return RefineDetError(
+            f"no batch came from the loading processes for {LOADER_TIMEOUT} s: one is stopped, the disk does not "
+            f"answer, or {_SHARED_MEMORY} is full; {_ADVICE}"
+        )
+    if "DataLoader worker" in text or "Pin memory thread" in text:
+        what = "was killed" if "kill" in text.lower() else "ended"
+        if "Bus error" in text:
+            what = f"ran out of shared memory ({_SHARED_MEMORY})"
+        return RefineDetError(f"a loading process {what} (is the memory used up?); {_ADVICE}")
+    return error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,25 +1,50 @@
-"""The run folder: the names of its files, its config, its checkpoint and the model cards in it.
+"""The run folder: the names of its files, the lock on it, and how they are written so that no stop costs anything.
 
-A run folder holds config.json (what was asked for), metrics.csv, best/ and last/ (weights with config and model card),
-last.ckpt (all that ``resume`` needs), report/ (the final evaluation) and events for TensorBoard.
+A run folder holds
+
+* config.json: all that decides the outcome of the training; paths are absolute;
+* data.json: the names and digests of the images, by which a resumed run sees whether the data is still the same;
+* metrics.csv, and events for TensorBoard;
+* last.ckpt and previous.ckpt: the last two checkpoints, each with all that ``resume`` needs and a checksum;
+* last/ and best/: weights with config and model card, replaced as a whole;
+* report/: the final evaluation.
+
+One training writes in it. What a killed one left unfinished is removed when the next one starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from refinedet.config import Preset
 from refinedet.dataclass_json import from_dict
-from refinedet.errors import RefineDetError
-from refinedet.files import read_json, write_atomically
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import failure_reason, make_folder, read_json, write_atomically
 
-CONFIG_FILE, METRICS_FILE, CHECKPOINT_FILE = "config.json", "metrics.csv", "last.ckpt"
+if sys.platform != "win32":
+    import fcntl
+
+CONFIG_FILE, DATA_FILE, METRICS_FILE = "config.json", "data.json", "metrics.csv"
+CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE = "last.ckpt", "previous.ckpt"
 LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER = "last", "best", "report", "tensorboard"
+_MODEL_FILES = frozenset({"model.safetensors", "config.json", "README.md"})
+_PART, _OLD = ".part", ".old"
+_SEAL = b"sha256:"
+_END_OF_ZIP = b"PK\x05\x06"
+_locks: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -29,7 +54,7 @@ class RunConfig:
     preset: Preset
     """Model and training, flags included."""
     data: tuple[str, ...]
-    """Data folders."""
+    """Data folders, as absolute paths."""
     class_names: tuple[str, ...]
     """In label order."""
     init_weights: str
@@ -56,88 +81,273 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain types so that ``torch.load(..., weights_only=True)`` reads them."""
+class RunFolder:
+    """A folder that one training writes in.
 
-    def write(aside: Path) -> None:
+    Args:
+        path: made by ``lock`` if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last_is_sound = True
+
+    @property
+    def config(self) -> Path:
+        """The file of ``RunConfig``."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def data(self) -> Path:
+        """The file of names and digests of the images."""
+        return self.path / DATA_FILE
+
+    @property
+    def metrics(self) -> Path:
+        """The log."""
+        return self.path / METRICS_FILE
+
+    @property
+    def report(self) -> Path:
+        """Folder of the final evaluation."""
+        return self.path / REPORT_FOLDER
+
+    def has_checkpoint(self) -> bool:
+        """Whether a training has saved something there."""
+        return any((self.path / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other trainings out of the folder.
+
+        The lock is on the folder itself, leaves no file, and ends with this process however that ends.
+
+        Raises:
+            UsageError: another training is writing there.
+            RefineDetError: the folder cannot be made.
+        """
+        make_folder(self.path)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                if sys.platform != "win32":
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"{self.path}: another training is writing there; wait for its end or choose another --out"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            _locks.add(handle)
+            yield
+        finally:
+            _locks.discard(handle)
+            os.close(handle)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write last.ckpt; the one before becomes previous.ckpt.
+
+        Raises:
+            RefineDetError: no permission, a full disk; both checkpoints are as before.
+        """
+        last = self.path / CHECKPOINT_FILE
+
+        def keep_previous() -> None:
+            if self._last_is_sound and last.exists():
+                _keep_as(last, self.path / PREVIOUS_CHECKPOINT_FILE)
+
+        save_checkpoint(last, state, before=keep_previous)
+        self._last_is_sound = True
+
+    def load_checkpoint(self) -> tuple[dict[str, Any], str | None]:
+        """The last checkpoint that is whole, and a line to show if it is the previous one.
+
+        Raises:
+            RefineDetError: there is none.
+        """
+        last, previous = self.path / CHECKPOINT_FILE, self.path / PREVIOUS_CHECKPOINT_FILE
+        try:
+            return load_checkpoint(last), None
+        except RefineDetError as error:
+            try:
+                state = load_checkpoint(previous)
+            except RefineDetError:
+                raise error from None
+            self._last_is_sound = False
+            return state, f"{error}; going on from {previous.name}, iteration {state['iteration']}"
+
+    def save_model(self, name: str, save: Callable[[Path], object]) -> None:
+        """Replace the model folder last/ or best/ as a whole.
+
+        Args:
+            name: ``LAST_FOLDER`` or ``BEST_FOLDER``.
+            save: writes the model into the new folder that it is given.
+
+        Raises:
+            RefineDetError: no permission, a full disk; the folder is as before.
+        """
+        target = self.path / name
+        try:
+            part = Path(tempfile.mkdtemp(dir=self.path, prefix=f".{name}.", suffix=_PART))
+        except OSError as error:
+            raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
+        try:
+            save(part)
+            mask = os.umask(0)
+            os.umask(mask)
+            part.chmod(0o777 & ~mask)
+            if not target.exists():
+                part.rename(target)
+            elif not _exchange(part, target):
+                old = self.path / f".{name}{_OLD}"
+                target.rename(old)
+                part.rename(target)
+                part = old
+        except OSError as error:
+            raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
+        finally:
+            if part.exists():
+                _discard(part, target)
+
+    def clear(self) -> None:
+        """Remove what killed trainings left unfinished, and nothing else; needs the lock, for no writer may live."""
+        for folder in (self.path, *(self.path / name for name in (LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER))):
+            for part in folder.glob(f".?*.????????{_PART}"):
+                if part.is_file() and not part.is_symlink():
+                    part.unlink(missing_ok=True)
+        for name in (LAST_FOLDER, BEST_FOLDER):
+            target, old = self.path / name, self.path / f".{name}{_OLD}"
+            if old.is_dir() and not target.exists():
+                old.rename(target)
+            for left in (old, *self.path.glob(f".{name}.*{_PART}")):
+                if left.is_dir():
+                    _discard(left, target)
+
+
+def _discard(folder: Path, successor: Path) -> None:
+    """Remove a model folder that is no longer needed; files that somebody else put there go to its successor."""
+    with contextlib.suppress(OSError):
+        for entry in folder.iterdir():
+            if entry.name in _MODEL_FILES or entry.name.endswith(_PART):
+                entry.unlink()
+            elif successor.is_dir() and not (successor / entry.name).exists():
+                entry.rename(successor / entry.name)
+        folder.rmdir()
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders swap their names in one step; False where the system has no such call."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE (Linux, renameat2(2))
+    return bool(swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def _keep_as(last: Path, previous: Path) -> None:
+    """Give the file ``last`` a second name, which replaces ``previous``."""
+    handle, name = tempfile.mkstemp(dir=last.parent, prefix=f".{previous.name}.", suffix=_PART)
+    os.close(handle)
+    part = Path(name)
+    try:
+        part.unlink()
+        try:
+            os.link(last, part)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(last, part)
+        part.replace(previous)
+    finally:
+        # If both are names of one file already, replacing does nothing.
+        part.unlink(missing_ok=True)
+
+
+def _close_locks() -> None:
+    """A lock must not live on in a loading process after its training was killed."""
+    for handle in _locks:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], *, before: Callable[[], None] | None = None) -> None:
+    """Write tensors and plain types so that ``torch.load(..., weights_only=True)`` reads them, with a checksum.
+
+    Args:
+        path: the file.
+        state: what is saved.
+        before: called when the new file is complete, just before it takes the name.
+
+    Raises:
+        RefineDetError: no permission, a full disk; what ``path`` held before is still there.
+    """
+
+    def write(part: Path) -> None:
         # Through Python's own file: a full disk is then an OSError of write(), not an abort inside the zip writer.
-        with aside.open("wb") as stream:
+        with part.open("wb") as stream:
             torch.save(state, stream)
+        with part.open("r+b") as stream:
+            _seal(stream)
+            os.fsync(stream.fileno())
+        if before is not None:
+            before()
 
     write_atomically(path, write)
+
+
+def _seal(stream: BinaryIO) -> None:
+    """Append a checksum of the whole file: as the archive's comment, so that it stays a valid one."""
+    size = stream.seek(0, os.SEEK_END)
+    length = len(_SEAL) + 64
+    stream.seek(size - 22)
+    if stream.read(4) != _END_OF_ZIP:
+        raise RuntimeError("torch.save wrote no zip file")
+    stream.seek(size - 2)
+    stream.write(struct.pack("<H", length))
+    digest = _digest(stream, size)
+    stream.seek(size)
+    stream.write(_SEAL + digest)
+
+
+def _digest(stream: BinaryIO, size: int) -> bytes:
+    total, left = hashlib.sha256(), size
+    stream.seek(0)
+    while left:
+        block = stream.read(min(left, 1 << 20))
+        if not block:
+            break
+        total.update(block)
+        left -= len(block)
+    return total.hexdigest().encode()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what ``save_checkpoint`` wrote, on the CPU, without running any code that the file may hold.
 
     Raises:
-        RefineDetError: missing, cut, or not such a file.
+        RefineDetError: missing, cut, damaged, or not such a file.
     """
     if not path.exists():
         raise RefineDetError(f"{path}: no checkpoint there; --resume wants the folder of a run that has saved one")
     try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END) - len(_SEAL) - 64
+            stream.seek(max(0, size))
+            seal = stream.read()
+            if seal != _SEAL + _digest(stream, size):
+                raise RefineDetError(f"{path}: not a readable checkpoint (damaged: its checksum is wrong)")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except RefineDetError:
+        raise
     except Exception:
         # torch raises anything from EOFError to UnpicklingError here; to the user all mean the same.
         raise RefineDetError(
             f"{path}: not a readable checkpoint (cut, corrupt, or pickled by another program)"
         ) from None
-    if not isinstance(state, dict) or "iteration" not in state or "network" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("iteration"), int) or "network" not in state:
         raise RefineDetError(f"{path}: not a checkpoint of a refinedet training")
     return state
-
-
-def model_card(
-    preset: Preset, class_names: Sequence[str], name: str, iteration: int, metrics: Mapping[str, Any]
-) -> str:
-    """Text of a model card.
-
-    Args:
-        preset: model and training.
-        class_names: in label order.
-        name: title.
-        iteration: updates that the weights have seen.
-        metrics: what was measured ("mAP", "metric", "data", "split", "images" and, if any of these was trained on,
-            "also_trained_on"), or empty.
-    """
-    model, train = preset.model, preset.train
-    if metrics:
-        both = metrics.get("also_trained_on", 0)
-        figure = (
-            f"mAP {100 * metrics['mAP']:.2f} ({metrics['metric']}) on {metrics['data']}, split {metrics['split']}, "
-            f"{metrics['images']} images, {f'{both} of which were' if both else 'none of which was'} trained on."
-        )
-    else:
-        figure = "Not evaluated."
-    height, width = model.image_size
-    optimizer = {"sgd": "SGD", "adamw": "AdamW"}[train.optimizer]
-    return f"""---
-library_name: refinedet
-pipeline_tag: object-detection
----
-
-# {name}
-
-RefineDet ("Single-Shot Refinement Neural Network for Object Detection", CVPR 2018), {model.backbone} at
-{height}x{width}, {len(class_names)} classes.
-
-## Measured
-
-{figure}
-
-## Training
-
-{iteration} of {train.iterations} iterations of {train.batch_size} images from split `{train.train_split}`, {optimizer}
-with learning rate {train.learning_rate:g} ({train.schedule}), weight decay {train.weight_decay:g}, precision
-{train.precision}, seed {train.seed}{", moving average of the weights" if train.ema_decay else ""}.
-
-## Classes
-
-{", ".join(class_names)}
-
-## Use
-
-    from refinedet import RefineDet
-    model = RefineDet.from_pretrained("<this folder>")
-    print(model.predict("photo.jpg").table())
-"""

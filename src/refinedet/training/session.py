@@ -1,0 +1,279 @@
+"""A RefineDet in training: what the loop is given, what it evaluates on, and what it leaves in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from refinedet.data.records import DetectionDataset
+from refinedet.dataclass_json import to_dict
+from refinedet.detector import RefineDet
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.evaluation.evaluate import collect_detections, evaluate_detections
+from refinedet.evaluation.page import write_page
+from refinedet.evaluation.report import Report
+from refinedet.evaluation.settings import EvaluationSettings
+from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
+from refinedet.model.network import RefineDetNetwork
+from refinedet.provenance import Provenance
+from refinedet.training.batches import explain_loader, training_batches
+from refinedet.training.card import model_card
+from refinedet.training.distributed import World, share_of
+from refinedet.training.loss import RefineDetLoss
+from refinedet.training.optim import build_optimizer
+from refinedet.training.run import BEST_FOLDER, LAST_FOLDER, TENSORBOARD_FOLDER, RunConfig, RunFolder
+from refinedet.training.stopping import SignalGuard, TrainingStopped, either
+from refinedet.training.trainer import Trainer
+
+_LOG = logging.getLogger(__name__)
+
+
+class Session:
+    """A RefineDet, its data and its run folder, brought together with the loop.
+
+    Args:
+        folder: where it writes; locked by the first process.
+        config: of the run.
+        model: with its first weights.
+        dataset: to train on.
+        evaluation_set: to measure on, if any.
+        world: this process among the processes of the training.
+
+    Raises:
+        UsageError: the batch cannot be shared by so many processes, or is too small for batch normalisation.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        model: RefineDet,
+        dataset: DetectionDataset,
+        evaluation_set: DetectionDataset | None,
+        world: World,
+    ) -> None:
+        settings = config.preset.train
+        smallest = len(share_of(settings.batch_size // settings.accumulation_steps, 0, world.size))
+        sides = [*model.config.image_size, *(side for _, side in settings.size_schedule)]
+        if smallest == 1 and min(sides) == 64 and any(isinstance(m, nn.BatchNorm2d) for m in model.network.modules()):
+            raise UsageError("batch normalisation needs more than one image of side 64: raise --batch-size or the size")
+        self.folder, self.config, self.model, self.world, self.settings = folder, config, model, world, settings
+        self.dataset, self.evaluation_set = dataset, evaluation_set
+        self.also_trained_on = self._count_shared_images()
+        self.data_digest = dataset.digest()
+        criterion = RefineDetLoss(
+            model.config, settings.loss, normalizer=world.mean_divisor if world.size > 1 else None
+        )
+        model.to(world.device)
+        # A slow backbone is for keeping what it knows; with random numbers it knows nothing.
+        random = config.init_weights == "random"
+        even = dataclasses.replace(settings, backbone_learning_rate_factor=1.0)
+        optimizer = build_optimizer(model.network, even if random else settings)
+        self.trainer = Trainer(model.network, criterion.to(world.device), settings, world, optimizer)
+        self.best = -1.0
+        self.report: Report | None = None
+        self.saved: int | None = None
+        self.signals = SignalGuard()
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint: tensors and plain types only, with the config and the data that it belongs to."""
+        return {
+            **self.trainer.state(),
+            "best": self.best,
+            "config": comparable(self.config),
+            "data": self.data_digest,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what ``state`` gave; nothing is changed if it does not fit.
+
+        Raises:
+            RefineDetError: it does not fit.
+        """
+        if not isinstance(state.get("best"), float):
+            raise RefineDetError("'best' is no number")
+        self.trainer.load_state(state)
+        self.best = state["best"]
+        self.saved = self.trainer.iteration
+
+    def run(self, signals: SignalGuard, stop: Callable[[], bool] | None = None, loggers: Sequence[Logger] = ()) -> bool:
+        """Train to the last iteration or until ``stop`` says True, evaluating and saving on the way.
+
+        Returns:
+            Whether the last iteration is done and evaluated.
+
+        Raises:
+            TrainingStopped: a signal came to one of the processes; all is saved.
+        """
+        trainer, world, self.signals = self.trainer, self.world, signals
+        batches = training_batches(
+            self.dataset,
+            self.model.config,
+            self.settings,
+            start=trainer.iteration,
+            rank=world.rank,
+            world=world.size,
+            pin_memory=world.device.type == "cuda",
+        )
+        with self._loggers(loggers) as group, signals.held():
+
+            def evaluate() -> None:
+                self._evaluate(group)
+
+            try:
+                finished = trainer.run(
+                    batches,
+                    group,
+                    save=self._save,
+                    evaluate=None if self.evaluation_set is None else evaluate,
+                    stop=either(signals, stop),
+                )
+            except RuntimeError as error:
+                raise explain_loader(error) from None
+            finally:
+                batches.close()
+        if not finished:
+            came = [number for number in world.gather(signals.number or 0) if number]
+            if came:
+                raise TrainingStopped(came[0])
+        self.model.network.eval()
+        return finished
+
+    def current(self) -> RefineDet:
+        """The weights worth evaluating and keeping, sharing memory with the training."""
+        average = self.trainer.average
+        network = self.model.network if average is None else cast(RefineDetNetwork, average.network)
+        model = RefineDet(
+            self.model.config, self.model.class_names, network=network, category_ids=self.model.category_ids
+        )
+        if self.report is not None:
+            model.metrics = self._measured(self.report)
+        return model
+
+    def _count_shared_images(self) -> int:
+        """How many images are both trained and evaluated on; a note if there are any."""
+        if self.evaluation_set is None:
+            return 0
+        trained_on = {record.image_path for record in self.dataset.records}
+        both = sum(record.image_path in trained_on for record in self.evaluation_set.records)
+        if both and self.world.is_main:
+            _LOG.warning(
+                "%d of the %d images of '%s' are trained on too, so its figure does not say how good the model is on "
+                "others",
+                both,
+                len(self.evaluation_set),
+                self.settings.evaluate_split,
+            )
+        return both
+
+    def _loggers(self, others: Sequence[Logger]) -> LoggerGroup:
+        if not self.world.is_main:
+            return LoggerGroup([])
+        iteration = self.trainer.iteration
+        step = iteration or None
+        loggers: list[Logger] = [
+            ConsoleLogger(self.settings.iterations, start=iteration),
+            CsvLogger(self.folder.metrics, resume_step=step),
+        ]
+        with suppress(UsageError):  # TensorBoard is an extra; metrics.csv has the same numbers
+            loggers.append(TensorBoardLogger(self.folder.path / TENSORBOARD_FOLDER, resume_step=step))
+        return LoggerGroup([*loggers, *others])
+
+    def _save(self) -> None:
+        """Write last/ and last.ckpt."""
+        self.world.on_main(self._write)
+        self.saved = self.trainer.iteration
+
+    def _write(self) -> None:
+        # The weights first: whoever resumes from last.ckpt finds files that are as old or newer, never missing ones.
+        self._write_model(LAST_FOLDER)
+        self.folder.save_checkpoint(self.state())
+
+    def _write_model(self, name: str) -> None:
+        model = self.current()
+        preset, iteration = self.config.preset, self.trainer.iteration
+        card = model_card(preset, model.class_names, self.folder.path.name, iteration, model.metrics)
+
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder, card=card)
+
+        self.folder.save_model(name, save)
+
+    def _evaluate(self, logger: LoggerGroup) -> None:
+        """Evaluate over all processes, each taking every n-th image, and keep the best weights.
+
+        When the last iteration is done all images count, and the report is written.
+        """
+        dataset, world = self.evaluation_set, self.world
+        assert dataset is not None
+        last = self.trainer.iteration == self.settings.iterations
+        limit = None if last else self.settings.evaluate_limit
+        count = len(dataset) if limit is None else min(limit, len(dataset))
+        self.report = None
+        with self.signals.at_once():
+            own = range(world.rank, count, world.size)
+            show = partial(logger.progress, "evaluating")
+            detections = collect_detections(self.current(), dataset, own, on_progress=show)
+            merged = {index: one for part in world.gather(detections) for index, one in part.items()}
+        details = EvaluationSettings(
+            model=self.model.config,
+            iteration=self.trainer.iteration,
+            limit=limit,
+            trained_on=self.also_trained_on if limit is None else None,
+            provenance=Provenance.now(world.device),
+        )
+        self.report = evaluate_detections(dataset, merged, self.settings.metric, settings=details)
+        logger.log(self.trainer.iteration, {"mAP": self.report["mAP"]})
+        better = self.report["mAP"] > self.best
+        self.best = max(self.best, self.report["mAP"])
+        world.on_main(lambda: self._write_measured(better, last))
+        if not last:
+            self.report = None
+
+    def _write_measured(self, better: bool, last: bool) -> None:
+        self._write_model(LAST_FOLDER)
+        if better:
+            self._write_model(BEST_FOLDER)
+        if last and self.report is not None:
+            write_page(self.report, self.report.save(self.folder.report), metrics_csv=self.folder.metrics)
+
+    def _measured(self, report: Report) -> dict[str, Any]:
+        return {
+            "mAP": round(report["mAP"], 6),
+            "metric": report.metric,
+            "data": report.data,
+            "split": report.split,
+            "images": report.images,
+            "iteration": self.trainer.iteration,
+            "seed": self.settings.seed,
+            **({"also_trained_on": self.also_trained_on} if self.also_trained_on else {}),
+        }
+
+
+def comparable(config: RunConfig) -> dict[str, Any]:
+    """What must be equal for a training to go on: all that decides its outcome, but not where the data lies."""
+    content: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
+    del content["data"], content["preset"]["summary"]
+    for name in ("workers", "keep_images"):
+        del content["preset"]["train"][name]
+    return content
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> str | None:
+    """The first setting that differs, in words: "train.learning_rate is 0.01, was 0.002"; None if none."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            inner = f"{name}.{key}" if name not in ("", "preset") else key
+            difference = first_difference(before.get(key), now.get(key), inner)
+            if difference is not None:
+                return difference
+        return None
+    return None if before == now else f"{name} is {now}, was {before}"
