@@ -186,8 +186,8 @@ def test_a_rate_that_ruins_the_weights_stops() -> None:
 
 def test_weights_that_are_no_numbers_are_not_saved() -> None:
     saves: list[int] = []
-    trainer = make(iterations=1, learning_rate=3e38, gradient_clip_norm=None)
-    trainer.criterion = lambda outputs, targets: {"total": 1e3 * squared(outputs, targets)["total"]}
+    trainer = make(iterations=1, learning_rate=1e20, gradient_clip_norm=None)
+    trainer.criterion = lambda outputs, targets: {"total": 3e18 * squared(outputs, targets)["total"]}
     with pytest.raises(RefineDetError, match="weights are not finite after iteration 1; they were not saved"):
         trainer.run(batches(), LoggerGroup([]), save=lambda: saves.append(trainer.iteration))
     assert saves == []
