@@ -310,7 +310,12 @@ def training_batches(
 
 
 def _start_worker(_: int) -> None:
-    """Signals go to the trainer, which saves; a loading process that left before it would cost it the iteration."""
+    """Signals go to the trainer, which saves; a loading process that left before it would cost it the iteration.
+
+    Batches are handed over by the name of their shared memory: to take over an open file, torch's default, the trainer
+    has to talk to the loading process, and would wait for ever for one that is stopped.
+    """
+    torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         number = getattr(signal, name, None)
         if number is not None:
