@@ -130,7 +130,7 @@ def train(
         if start is not None:
             model_config, adopted = adopt_config(model_config, start.config)
             if adopted and world.is_main:
-                print(f"init: {', '.join(adopted)} as {init} has them")
+                _LOG.info("init: %s as %s has them", ", ".join(adopted), init)
         fitted = None if start is not None else fit_backbone(model_config, init_weights)
         if fitted is not None:
             adopted = changed_fields(model_config, fitted.config)
@@ -147,7 +147,7 @@ def train(
             set_background_prior(model.network)
         transfer = _initialise(model, init, start, fitted)
         if transfer is not None and world.is_main:
-            print(f"init: {transfer.summary()}")
+            _LOG.info("init: %s", transfer.summary())
         evaluation_set = _open_evaluation_set(config, world)
         session = Session(folder, config, model, dataset, evaluation_set, world)
         world.on_main(lambda: _describe(folder, config, dataset, evaluation_set))
