@@ -1,8 +1,7 @@
-"""The verbs that use a model, look at data, or tell what there is; those that train are in ``training.py``."""
+"""The verbs that measure, predict and look at data; ``training.py`` has those that train, ``weights.py`` the others."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,14 +23,12 @@ from refinedet.cli.flags import (
     Weights,
     check_at_least,
     class_names_in,
-    flag,
     verb,
 )
 from refinedet.cli.terminal import note, say
 from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.errors import UsageError
-from refinedet.files import check_output, check_output_folder, user_path
-from refinedet.presets import PRESETS, get_preset
+from refinedet.files import check_output, user_path
 from refinedet.progress import ProgressBar
 
 
@@ -308,124 +305,3 @@ def inspect(
         health.write_mosaic(sheet)
         say(f"mosaic: {sheet}")
     return 1 if any(problem.fatal for problem in health.problems) else 0
-
-
-@verb
-def convert(
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
-    /,
-    *,
-    preset: Annotated[str, tyro.conf.arg(metavar="PRESET")],
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")],
-    class_names: ClassNames = None,
-    channel_order: tyro.conf.DisallowNone[Annotated[Literal["rgb", "bgr"] | None, flag("{rgb,bgr}")]] = None,
-) -> int:
-    """Import weights of other programs as a model.
-
-    The kind of file is recognised by its keys: official RefineDet models (.caffemodel), the luuuyi and dd604 ports
-    (.pth), and ImageNet weights of VGG-16 and the ResNets from Caffe, torchvision and timm, which fill the backbone
-    only. Mean, std, channel order and the number of classes follow from the file, the input size from the preset.
-
-    Args:
-        file: A .caffemodel, .pth or .safetensors file; pickled code in it is never run.
-        preset: The model that the weights are for; `refinedet models` lists them.
-        out: Folder for model.safetensors, config.json and the model card.
-        class_names: Names separated by commas, in the order of their labels (default: those of VOC for 20 classes, of
-            COCO for 80).
-        channel_order: What the network is fed, where the order of the file's own kind is not right.
-    """
-    chosen, names = get_preset(preset), class_names_in(class_names)
-    source, folder = user_path(file), user_path(out)
-    if not source.is_file():
-        reason = "is a folder" if source.is_dir() else "no such file"
-        raise UsageError(f"{source}: {reason}; convert takes a weight file")
-    from refinedet.weights.store import refuse_occupied
-
-    refuse_occupied(folder)
-    check_output_folder(
-        folder, ("model.safetensors", "config.json", "README.md"), inputs=[source], ours=lambda _: False
-    )
-
-    # Of a detector, the file decides the number of classes; of a backbone, the names do.
-    wanted = dataclasses.replace(chosen.model, num_classes=len(names)) if names else chosen.model
-
-    from refinedet.data.classes import COCO_CLASSES, VOC_CLASSES
-    from refinedet.detector import RefineDet
-    from refinedet.weights.convert import import_card, import_weights
-
-    imported = import_weights(source, wanted, channel_order=channel_order)
-    count = imported.config.num_classes
-    if names and len(names) != count:
-        raise UsageError(f"--class-names has {len(names)} names; {source} has {count} classes")
-    names = names or {len(VOC_CLASSES): VOC_CLASSES, len(COCO_CLASSES): COCO_CLASSES}.get(count)
-    detector = RefineDet(imported.config, names, network=imported.network)
-    detector.untrained = imported.untrained
-    detector.save_pretrained(folder, card=import_card(imported, source, detector.class_names))
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (imported.config.mean, imported.config.std))
-    say(f"{source}: {imported.title}\ninput: {imported.config.channel_order}, mean {mean}, std {std}")
-    following = f"refinedet predict {folder} photo.jpg"
-    if imported.untrained:
-        say(f"not in the file, so still random: {', '.join(imported.untrained)}")
-        following = f"refinedet train {preset} --init {folder} --data DATA"
-    elif names is None:
-        say(f"classes: {count}, without names; give them with --class-names")
-    say(f"converted: {folder}  (try: {following})")
-    return 0
-
-
-@verb
-def benchmark(
-    weights: Weights,
-    /,
-    *,
-    image: OptionalFile = None,
-    runs: int = 50,
-    warmup: int = 10,
-    threads: OptionalCount = None,
-    device: Device = "auto",
-) -> int:
-    """Measure the speed of a detector at batch 1, step by step.
-
-    Args:
-        weights: A bundled model, a run folder, a folder of weights, hf:owner/name, or a preset, with random weights.
-        image: An image to measure on (default: noise of 500x375).
-        runs: Timed runs.
-        warmup: Runs before them that do not count.
-        threads: CPU threads (default: torch's choice).
-        device: cpu, cuda, mps, or auto (a GPU if there is one).
-    """
-    check_at_least("--runs", runs)
-    check_at_least("--warmup", warmup, 0)
-    check_at_least("--threads", threads)
-
-    from refinedet.images import read_image
-
-    pixels = None if image is None else read_image(user_path(image))
-
-    import torch
-
-    from refinedet.benchmark import measure_speed
-    from refinedet.detector import RefineDet
-    from refinedet.device import pick_device
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    chosen = pick_device(device)
-    if weights in PRESETS and refinedet.weights.folder_of(weights) is None:
-        detector = RefineDet(PRESETS[weights].model).to(chosen)
-    else:
-        detector = RefineDet.from_pretrained(weights, device=chosen)
-    say(measure_speed(detector, pixels, runs=runs, warmup=warmup).table())
-    return 0
-
-
-@verb
-def models() -> int:
-    """List the bundled models and the presets for training."""
-    bundled = refinedet.weights.names()
-    lines = ["Bundled models (refinedet predict NAME photo.jpg):"]
-    lines += [f"  {name:<28}{refinedet.weights.measured(name)}" for name in bundled] or ["  none"]
-    lines += ["", "Presets (refinedet train NAME --data DATA):"]
-    lines += [f"  {name:<28}{preset.summary}" for name, preset in PRESETS.items()]
-    say("\n".join(lines))
-    return 0
