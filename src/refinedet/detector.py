@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
@@ -20,8 +20,8 @@ from refinedet.errors import UsageError
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
+from refinedet.model.padded import PaddedArrays, unpad
 from refinedet.model.postprocess import postprocess
-from refinedet.model.soft_nms import soften
 from refinedet.prediction import predict_ahead
 from refinedet.preprocess import preprocess
 from refinedet.sources import holds_many
@@ -254,25 +254,12 @@ class RefineDet:
         with torch.inference_mode(), torch.autocast(self.device.type, mixed, enabled=precision in ("bf16", "fp16")):
             inputs = inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
             found = postprocess(evaluation_view(self.network)(inputs), self.config)
-        boxes, scores, labels = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels))
-        results = []
-        for row, (image, count) in enumerate(zip(images, found.counts.tolist(), strict=True)):
-            rows, columns = image.shape[:2]
-            factor = np.array([columns / width, rows / height] * 2, dtype=np.float32)
-            scaled = np.clip(boxes[row, :count] * factor, 0, np.array([columns, rows] * 2, dtype=np.float32))
-            scaled, own_scores, own_labels = soften(
-                scaled, scores[row, :count], labels[row, :count], self.config.inference
-            )
-            one = Detections(
-                boxes=scaled,
-                scores=own_scores,
-                labels=own_labels,
-                class_names=self.class_names,
-                image_size=(columns, rows),
-                source=sources[row] if sources else None,
-            )
-            results.append(one if threshold is None else one.filter(threshold=threshold))
-        return results
+        arrays = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels, found.counts))
+        padded = PaddedArrays(*arrays)
+        results = unpad(padded, images, (height, width), self.class_names, self.config.inference)
+        if sources is not None:
+            results = [replace(one, source=source) for one, source in zip(results, sources, strict=True)]
+        return results if threshold is None else [one.filter(threshold=threshold) for one in results]
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None, half: bool = False) -> Path:
         """Write model.safetensors, config.json and, if given, README.md (the model card).

@@ -249,11 +249,10 @@ def predict(
         coco_images=coco_images,
     )
 
-    from refinedet.detector import RefineDet
-    from refinedet.device import pick_device
+    from refinedet.loading import load_detector
     from refinedet.prediction import predict_ahead
 
-    detector = RefineDet.from_pretrained(weights, device=pick_device(device))
+    detector = load_detector(weights, device=device)
     table = not (quiet or outputs.uses_standard_output)
     with ProgressBar("predicting", len(found.files)) as bar, outputs.open(weights, detector, threshold):
         results = predict_ahead(

@@ -62,8 +62,8 @@ def evaluate(
     """Run a model over a dataset and measure how good its detections are.
 
     Args:
-        model: a ``RefineDet``, or what ``RefineDet.from_pretrained`` loads: the name of a bundled model, a run folder,
-            a folder of weights. Its class names must be those of the data, unless ``shared_classes`` is set.
+        model: a ``RefineDet``, or what ``load_detector`` loads: an exported file, the name of a bundled model, a run
+            folder, a folder of weights. Its class names must be those of the data, unless ``shared_classes`` is set.
         data: a folder or file that ``open_dataset`` understands, or a dataset already open. Default: the images that
             the run held out, if ``model`` is a run folder.
         split: which split of ``data``; "all" takes every image. Default: "test" or, where there is none, "val"; every
@@ -165,10 +165,9 @@ def _load(model: Detector | str | Path, device: str) -> tuple[Detector, str]:
     """The detector, and its name if it was given by one."""
     if not isinstance(model, (str, Path)):
         return model, ""
-    from refinedet.detector import RefineDet
-    from refinedet.device import pick_device
+    from refinedet.loading import load_detector
 
-    return RefineDet.from_pretrained(model, device=pick_device(device)), str(model)
+    return load_detector(model, device=device), str(model)
 
 
 def default_split(data: str | Path) -> str:

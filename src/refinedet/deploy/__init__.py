@@ -1,0 +1,1 @@
+"""Exporting a trained detector to files that run without PyTorch (docs/deploy.md)."""

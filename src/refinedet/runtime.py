@@ -1,0 +1,264 @@
+"""Exported detectors without PyTorch: the same ``predict`` and ``stream``, the same ``Detections``.
+
+Needs the extra ``refinedet[runtime]`` (ONNX Runtime), or OpenVINO for ``.xml`` files. Imports neither torch nor
+torchvision.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
+from refinedet.dataclass_json import from_dict
+from refinedet.detections import Detections
+from refinedet.errors import RefineDetError, UsageError
+from refinedet.model.padded import PaddedArrays, unpad
+from refinedet.prediction import predict_ahead
+from refinedet.preprocess import resize
+from refinedet.sources import holds_many
+
+METADATA_KEY = "refinedet"
+"""Under this name the file holds everything about the model, as JSON."""
+SUFFIXES = (".onnx", ".xml")
+"""Endings of exported models."""
+
+
+class Outputs(NamedTuple):
+    """What a graph returns, as arrays; see ``deploy.graph.GraphDetections``."""
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    num_detections: npt.NDArray[np.int64]
+    settled: npt.NDArray[np.bool_]
+
+
+class _Engine(Protocol):
+    """A loaded file: its metadata, and arrays in and out."""
+
+    metadata: str
+
+    def run(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """All outputs in the order of the graph."""
+
+
+class Runtime:
+    """A detector in an exported file.
+
+    Args:
+        path: a ``.onnx`` or ``.xml`` file that ``refinedet export`` wrote.
+        threads: CPU threads; all that the machine has if None.
+        precision: "f32" computes as the file says. OpenVINO may be left to choose a faster one ("bf16"), which changes
+            scores in the third digit.
+
+    Raises:
+        UsageError: no such file, or the engine for it is not installed.
+        RefineDetError: the file is damaged, or was not written by ``refinedet export``.
+
+    Example:
+        >>> model = Runtime("deploy/model.onnx")  # doctest: +SKIP
+        >>> model.predict("street.jpg", threshold=0.5).names  # doctest: +SKIP
+        ['car', 'person']
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, precision: str = "f32") -> None:
+        file = Path(path).expanduser()
+        if file.suffix.lower() not in SUFFIXES:
+            raise UsageError(f"{file}: an exported model ends in .onnx or .xml")
+        if not file.is_file():
+            raise UsageError(f"{file}: no such file")
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be at least 1, not {threads}")
+        engine = _OnnxRuntime if file.suffix.lower() == ".onnx" else _OpenVino
+        self._engine: _Engine = engine(file, threads, precision)
+        self.path = file
+        try:
+            facts = json.loads(self._engine.metadata)
+            self.config = from_dict(ModelConfig, facts["model"], source=str(file))
+            self.class_names = tuple(map(str, facts["class_names"]))
+            self.input_type = str(facts["input_type"])
+            self.dynamic_size, self.raw = bool(facts["dynamic_size"]), bool(facts["raw"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RefineDetError(
+                f"{file}: was not written by 'refinedet export' ({METADATA_KEY} metadata is missing or damaged: "
+                f"{type(error).__name__})"
+            ) from None
+        if len(self.class_names) != self.config.num_classes:
+            raise RefineDetError(
+                f"{file}: its metadata names {len(self.class_names)} of {self.config.num_classes} classes"
+            )
+        identifiers = facts.get("category_ids")
+        self.category_ids: tuple[int, ...] | None = None if identifiers is None else tuple(map(int, identifiers))
+        self.metrics: dict[str, Any] = facts.get("metrics") or {}
+
+    def __repr__(self) -> str:
+        """File, classes, input size."""
+        height, width = self.config.image_size
+        return f"Runtime({str(self.path)!r}, {len(self.class_names)} classes, {width}x{height})"
+
+    def run(self, images: npt.NDArray[Any]) -> Outputs:
+        """Run the graph.
+
+        Args:
+            images: (B, H, W, 3) RGB in 0..255, resized to the input; float32, or uint8 where the file asks for it.
+
+        Raises:
+            UsageError: the file was exported without post-processing.
+            RefineDetError: the graph refused the images.
+        """
+        if self.raw:
+            raise UsageError(f"{self.path}: was exported with --raw, so it returns no detections")
+        return Outputs(*self._engine.run(images))
+
+    def run_raw(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """All outputs of the graph as they are, for files that were exported without post-processing."""
+        return self._engine.run(images)
+
+    def inputs(
+        self, images: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int] | None = None
+    ) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
+        """(B, H, W, 3) input of the graph for (h, w, 3) RGB images."""
+        height, width = size or self.config.image_size
+        batch = np.stack([resize(image, height, width, self.config.resize) for image in images])
+        return batch if self.input_type == "float32" else np.rint(batch).astype(np.uint8)
+
+    def predict(
+        self,
+        source: Any,
+        *,
+        threshold: float | None = DEFAULT_THRESHOLD,
+        batch_size: int = 8,
+        max_pixels: int | None = None,
+    ) -> Any:
+        """Detect objects in one image (a ``Detections``) or many (a list); arguments as of ``RefineDet.predict``."""
+        many = holds_many(source)
+        results = list(self.stream(source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels))
+        return results if many else results[0]
+
+    __call__ = predict
+
+    def stream(
+        self,
+        sources: Any,
+        *,
+        threshold: float | None = DEFAULT_THRESHOLD,
+        batch_size: int = 8,
+        max_pixels: int | None = None,
+    ) -> Iterator[Detections]:
+        """Detect objects in any number of images with flat memory; see ``RefineDet.stream``."""
+        for detections, _ in predict_ahead(
+            self, sources, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels
+        ):
+            yield detections
+
+    def predict_arrays(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        *,
+        threshold: float | None = None,
+        sources: Sequence[str | None] | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> list[Detections]:
+        """Run the graph once over all ``images``; see ``RefineDet.predict_arrays``.
+
+        Raises:
+            UsageError: another size than that of the file, which was exported for one size.
+            RefineDetError: suppression did not settle within the rounds of the graph.
+        """
+        if not images:
+            return []
+        input_size = size or self.config.image_size
+        if tuple(input_size) != self.config.image_size and not self.dynamic_size:
+            raise UsageError(f"{self.path}: was exported for {self.config.image_size} only; export with --dynamic-size")
+        outputs = self.run(self.inputs(images, size))
+        if not outputs.settled.all():
+            row = int(np.argmin(outputs.settled))
+            name = (sources[row] if sources else None) or f"image {row + 1} of the batch"
+            raise RefineDetError(
+                f"{name}: needs more rounds of suppression than {self.path} has; export the model with more rounds"
+            )
+        padded = PaddedArrays(outputs.boxes, outputs.scores, outputs.labels, outputs.num_detections)
+        results = unpad(padded, images, input_size, self.class_names, self.config.inference)
+        if sources is not None:
+            results = [replace(one, source=source) for one, source in zip(results, sources, strict=True)]
+        return results if threshold is None else [one.filter(threshold=threshold) for one in results]
+
+
+def _package(name: str, extra: str, file: Path) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UsageError(f"{file}: needs {name}: pip install 'refinedet[{extra}]'") from None
+
+
+class _OnnxRuntime:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, file: Path, threads: int | None, precision: str) -> None:
+        onnxruntime = _package("onnxruntime", "runtime", file)
+        if precision != "f32":
+            raise UsageError(f"precision {precision!r} is for OpenVINO; ONNX Runtime computes as the file says")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its errors have no common class but Exception
+            raise RefineDetError(f"{file}: not a readable ONNX file ({_reason(error)})") from None
+        self._file = file
+        self._input = self._session.get_inputs()[0].name
+        self.metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
+
+    def run(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        try:
+            results: list[npt.NDArray[Any]] = self._session.run(None, {self._input: images})
+        except Exception as error:
+            raise RefineDetError(f"{self._file}: the graph refused {_kind(images)} ({_reason(error)})") from None
+        return results
+
+
+class _OpenVino:
+    """OpenVINO on the CPU."""
+
+    def __init__(self, file: Path, threads: int | None, precision: str) -> None:
+        openvino = _package("openvino", "openvino", file)
+        if not file.with_suffix(".bin").is_file():
+            raise RefineDetError(f"{file.with_suffix('.bin')}: no such file; the weights of {file.name} belong there")
+        settings = {"INFERENCE_PRECISION_HINT": precision}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = str(threads)
+        try:
+            core = openvino.Core()
+            model = core.read_model(file)
+            self._compiled = core.compile_model(model, "CPU", settings)
+            rt_info = model.get_rt_info()
+            self.metadata = str(model.get_rt_info([METADATA_KEY]).value) if METADATA_KEY in rt_info else ""
+        except Exception as error:
+            raise RefineDetError(f"{file}: not a readable OpenVINO model ({_reason(error)})") from None
+        self._file = file
+
+    def run(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        try:
+            results = self._compiled([images])
+        except Exception as error:
+            raise RefineDetError(f"{self._file}: the graph refused {_kind(images)} ({_reason(error)})") from None
+        return [np.array(results[output]) for output in self._compiled.outputs]
+
+
+def _kind(images: npt.NDArray[Any]) -> str:
+    return f"a batch of shape {'x'.join(map(str, images.shape))} and type {images.dtype}"
+
+
+def _reason(error: Exception) -> str:
+    """One short line of an engine's message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
