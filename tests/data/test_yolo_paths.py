@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from refinedet.data import detect_layout, list_splits, open_dataset
+from refinedet.data.holdout import image_names
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.training.data_check import image_digests
 from yolo_files import YAML, counts, write_images, write_labels, write_yolo
 
 YamlFolder = Callable[..., Path]
@@ -243,3 +245,49 @@ def test_what_foreign_files_say_is_never_shown(yaml_folder: YamlFolder, tmp_path
         open_dataset(root)
     for caught in (label, listed, names):
         assert "swordfish" not in str(caught.value)
+
+
+def write_lists(root: Path) -> None:
+    write_images(root / "images/train", ["a.jpg", "b.png"])
+    write_labels(root / "labels/train", ["a.txt", "b.txt"])
+    # One line as it stands, one that is found by its end.
+    (root / "train.txt").write_text("images/train/a.jpg\n/content/images/train/b.png\n")
+
+
+def write_with_list(root: Path, text: str) -> None:
+    write_lists(root)
+    (root / "data.yaml").write_text(text.format(root=root) + "\nnames: [cat]\n")
+
+
+def write_darknet(root: Path) -> None:
+    write_lists(root)
+    (root / "obj.names").write_text("cat\n")
+    (root / "obj.data").write_text("classes = 1\ntrain = data/train.txt\nnames = data/obj.names\n")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        partial(write_with_list, text="train: train.txt"),
+        partial(write_with_list, text="train: {root}/train.txt"),
+        partial(write_with_list, text="train: {root}/images/train"),
+        partial(write_with_list, text="path: {root}\ntrain: images/train"),
+        partial(write_with_list, text="path: {root}\ntrain: [images/train, train.txt]"),
+        write_darknet,
+    ],
+)
+@pytest.mark.parametrize("spelling", ["root", ".", "../{name}/root", "root/images/.."])
+def test_relative_paths_read_as_absolute_ones_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], spelling: str
+) -> None:
+    root = tmp_path / "root"
+    write(root)
+    expected = open_dataset(root, "train")
+    assert counts(expected) == {"a.jpg": 1, "b.png": 1}
+    monkeypatch.chdir(root if spelling == "." else tmp_path)
+    dataset = open_dataset(Path(spelling.format(name=tmp_path.name)), "train")
+    assert counts(dataset) == {"a.jpg": 1, "b.png": 1}
+    assert dataset.digest() == expected.digest()
+    assert image_names(dataset) == image_names(expected) == ["images/train/a.jpg", "images/train/b.png"]
+    spelled = spelling.format(name=tmp_path.name)
+    assert image_digests(dataset, [spelled]) == image_digests(expected, [str(root)])

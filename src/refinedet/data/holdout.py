@@ -7,6 +7,7 @@ one image, and images whose names share a group. It keeps every class that it ca
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -87,8 +88,8 @@ def hold_out(
 
 def image_names(dataset: DetectionDataset) -> list[str]:
     """A name for each image that survives moving the dataset: its path below the folder, else the whole path."""
-    folder = (dataset.path if dataset.path.is_dir() else dataset.path.parent).absolute()
-    paths = [record.image_path.absolute() for record in dataset.records]
+    folder = Path(os.path.abspath(dataset.path if dataset.path.is_dir() else dataset.path.parent))
+    paths = [Path(os.path.abspath(record.image_path)) for record in dataset.records]
     return [(path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix() for path in paths]
 
 

@@ -21,6 +21,13 @@ def is_below(path: str | Path, folder: str | Path) -> bool:
     return inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep)
 
 
+def steps_below(path: str | Path, folder: str | Path) -> tuple[str, ...] | None:
+    """The steps from a folder down to a path, whichever of the two is relative; None if it does not lie there."""
+    if not is_below(path, folder):
+        return None
+    return Path(os.path.relpath(os.path.abspath(path), os.path.abspath(folder))).parts
+
+
 def is_really_below(path: Path, folder: Path) -> bool:
     """Whether a file lies in a folder once all links are followed. Only what such files say is quoted in messages."""
     return is_below(os.path.realpath(path), os.path.realpath(folder))
@@ -61,8 +68,9 @@ class ImageFinder:
             allow_outside: whether images outside of ``folders`` and ``root`` may be named.
         """
         self._source = source
-        self._folders = [os.path.abspath(folder) for folder in folders]
-        self._root = os.path.abspath(root)
+        # Paths keep the spelling of the folders: images that are listed and images that are named must compare equal.
+        self._folders = [str(folder) for folder in folders]
+        self._root = str(root)
         self._log = log
         self._allow_outside = allow_outside
         # One listing of the folder instead of a question for each of 118,000 files.

@@ -7,6 +7,7 @@ Boxes are ``(x1, y1, x2, y2)`` in continuous pixel-edge coordinates: a box over 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ class DetectionDataset:
         Names are relative to the folder that was opened, so a dataset that is moved or copied keeps its digest. The
         pixels are not read.
         """
-        folder = (self.path if self.path.is_dir() else self.path.parent).absolute()
+        folder = Path(os.path.abspath(self.path if self.path.is_dir() else self.path.parent))
         total = hashlib.sha256()
 
         def add(part: bytes) -> None:
@@ -133,7 +134,7 @@ class DetectionDataset:
         for name in self.class_names:
             add(name.encode("utf-8", "surrogatepass"))
         for record in self.records:
-            add(_relative_name(record.image_path.absolute(), folder).encode("utf-8", "surrogatepass"))
+            add(_relative_name(Path(os.path.abspath(record.image_path)), folder).encode("utf-8", "surrogatepass"))
             add(np.array([record.width, record.height], dtype="<i8").tobytes())
             for values, dtype in (
                 (record.boxes, "<f4"), (record.labels, "<i8"), (record.difficult, "|b1"), (record.crowd, "|b1"),

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from refinedet.data.image_paths import is_below, is_really_below
+from refinedet.data.image_paths import is_really_below, steps_below
 from refinedet.data.problems import PARTS_IGNORED, FaultyFileError, ProblemLog, unknown_class
 from refinedet.data.records import BoxRules, DetectionDataset, Layout, ReadRequest, Record, RecordBuilder
 from refinedet.data.yolo_description import Description, describe, find_description, find_names_file
@@ -70,8 +70,8 @@ def _new_id(image: Path, folders: Iterable[Path], seen: set[str]) -> str:
     """The stem of an image; where folders share stems, its path in the data, as detections are filed under it."""
     image_id = image.stem
     if image_id in seen:
-        folder = next((folder for folder in folders if is_below(image, folder)), None)
-        path = image if folder is None else image.relative_to(folder)
+        steps = next((steps for folder in folders if (steps := steps_below(image, folder))), None)
+        path = image if steps is None else Path(*steps)
         names = (path.with_suffix("").as_posix(), path.as_posix(), image.as_posix())
         image_id = next((name for name in names if name not in seen), names[-1])
     seen.add(image_id)

@@ -12,6 +12,7 @@ from refinedet.data.image_paths import (
     is_absolute,
     is_below,
     is_really_below,
+    steps_below,
     with_slashes,
 )
 from refinedet.data.pairing import FolderFiles, list_files, note_passed_over
@@ -75,7 +76,13 @@ class SplitImages:
                 if not in_split:
                     raise UsageError(f"{self._description.file}: split '{part}' has no images")
                 images.update(dict.fromkeys(in_split))
-        return list(images)
+        folders = {folder: self._spell(folder) for folder in {image.parent for image in images}}
+        return list(dict.fromkeys(folders[image.parent] / image.name for image in images))
+
+    def _spell(self, folder: Path) -> Path:
+        """The one path of a folder, however it is stated: below the folder of the data, if it lies there."""
+        steps = steps_below(folder, self._description.folder)
+        return folder if steps is None else self._description.folder.joinpath(*steps)
 
     def _read_all(self, stated: dict[str, list[str]]) -> dict[Path, None]:
         if not stated:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from refinedet.data.image_paths import is_below
+from refinedet.data.image_paths import steps_below
 from refinedet.data.pairing import FolderFiles, Matches, list_files, match_files
 from refinedet.data.problems import (
     LABEL_SHARED,
@@ -97,9 +97,9 @@ class LabelFiles:
     def _folders_of_labels(self, folder: Path) -> list[Path]:
         """Folders beside that mirror a folder of images: labels/train for images/train, train/labels for train."""
         if folder not in self._label_folders:
-            bases = [base for base in self._source.folders if is_below(folder, base)]
-            base = min(bases, key=lambda base: len(base.parts), default=folder)
-            places = self._mirrors(base, folder.relative_to(base).parts)
+            above = [(base, steps) for base in self._source.folders if (steps := steps_below(folder, base)) is not None]
+            base, steps = max(above, key=lambda pair: len(pair[1]), default=(folder, ()))
+            places = self._mirrors(base, steps)
             position = _last_word(folder)
             if not places and position is not None:
                 places = self._mirrors(Path(*folder.parts[:position]), folder.parts[position:])

@@ -114,8 +114,8 @@ class RunData:
         except OSError as error:
             raise RefineDetError(f"{path}: cannot be read ({error.strerror}); it lists images of the run") from None
         dataset = self._open(self.config["data"], self._split("train_split"))
-        folder = (dataset.path if dataset.path.is_dir() else dataset.path.parent).absolute()
-        index = {str(record.image_path.absolute()): number for number, record in enumerate(dataset.records)}
+        folder = Path(os.path.abspath(dataset.path if dataset.path.is_dir() else dataset.path.parent))
+        index = {os.path.abspath(record.image_path): number for number, record in enumerate(dataset.records)}
         wanted = [line for line in lines if line]
         lost = [line for line in wanted if str(folder / line) not in index]
         if lost:

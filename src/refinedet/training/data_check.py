@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -108,13 +109,13 @@ def image_digests(dataset: DetectionDataset, roots: Sequence[str]) -> dict[str, 
         dataset: of one or several folders.
         roots: these folders, as absolute paths. Names are relative to them, so that data which was moved keeps them.
     """
-    folders = [path if path.is_dir() else path.parent for path in map(Path, roots)]
+    folders = [path if path.is_dir() else path.parent for path in map(Path, map(os.path.abspath, roots))]
     digests: dict[str, str] = {}
     for record in dataset.records:
         total = hashlib.sha256(repr((record.width, record.height)).encode())
         for values in (record.boxes, record.labels, record.difficult, record.crowd):
             total.update(repr(values.shape).encode() + np.ascontiguousarray(values).tobytes())
-        file = record.image_path.absolute()
+        file = Path(os.path.abspath(record.image_path))
         inside = [(n, folder) for n, folder in enumerate(folders) if file.is_relative_to(folder)]
         name = "/".join(file.parts[-2:])
         if inside:
