@@ -10,8 +10,10 @@ import pytest
 
 import refinedet
 from refinedet import cli
+from refinedet.cli.flags import fields_in
 from refinedet.errors import RefineDetError
 from refinedet.presets import PRESETS
+from refinedet.schedule import change_preset, values_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -21,7 +23,14 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The calls that reach the trainer."""
     calls: list[tuple[Any, ...]] = []
     module = types.ModuleType("refinedet.training.train")
-    module.train = lambda preset, data, **rest: calls.append((preset, data, rest))  # type: ignore[attr-defined]
+
+    def train(preset: str, data: list[str], **rest: Any) -> None:
+        # Fields of the configuration are given by their names; what is left are the other arguments.
+        changes = values_of(PRESETS[preset], rest)
+        changes = {name: rest.pop(name) for name in changes}
+        calls.append((change_preset(PRESETS[preset], changes), data, rest))
+
+    module.train = train  # type: ignore[attr-defined]
     module.resume = lambda folder, **rest: calls.append((folder, rest))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "refinedet.training.train", module)
     return calls
@@ -163,7 +172,8 @@ def test_train_passes_everything_on(
     assert data == ["a", "b"]
     assert rest == {
         "out": tmp_path / "run", "init_weights": weights, "class_names": ("cat", "dog"), "device": "cpu",
-        "init": None,
+        "init": None, "classes": None, "evaluate_data": [], "group_by": None, "skip_broken": False, "epochs": None,
+        "minutes": None,
     }  # fmt: skip
     assert (preset.train.iterations, preset.train.batch_size, preset.train.ema_decay) == (100, 8, None)
     assert (preset.train.precision, preset.train.milestones, preset.train.channels_last) == ("fp32", (5, 6), False)
@@ -183,9 +193,35 @@ def test_train_defaults_are_those_of_the_preset(name: str, trainer: list[Any]) -
     preset, _, rest = trainer[0]
     assert preset == PRESETS[name]
     assert rest["out"] == Path("runs") / name
-    assert rest["init_weights"] == "torchvision"
+    assert rest["init_weights"] is None
     assert rest["class_names"] is None
     assert rest["init"] is None
+
+
+def test_train_needs_no_preset(trainer: list[Any]) -> None:
+    command = "train --data a --minutes 20 --classes cat,dog --evaluate-data b --group-by (.*)_ --skip-broken"
+    assert cli.main(command.split()) == 0
+    preset, _, rest = trainer[0]
+    assert preset == PRESETS["finetune"]
+    assert rest["out"] == Path("runs/finetune")
+    assert (rest["minutes"], rest["classes"], rest["evaluate_data"]) == (20.0, ("cat", "dog"), ["b"])
+    assert (rest["group_by"], rest["skip_broken"]) == ("(.*)_", True)
+
+
+def test_a_flag_with_the_value_of_the_preset_counts_as_given() -> None:
+    arguments = [
+        "--iterations",
+        "300",
+        "--model.image-size",
+        "320",
+        "320",
+        "--augment.no-crop",
+        "--seed=0",
+        "--out",
+        "runs/a",
+    ]
+    assert fields_in(arguments) == ("iterations", "image_size", "crop", "seed", "out")
+    assert values_of(PRESETS["finetune"], fields_in(arguments)).keys() == {"iterations", "image_size", "crop", "seed"}
 
 
 def test_train_from_a_detector(trainer: list[Any]) -> None:
@@ -196,11 +232,14 @@ def test_train_from_a_detector(trainer: list[Any]) -> None:
 
 def test_train_resume(trainer: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--resume", str(tmp_path), "--device", "cpu"]) == 0
-    assert trainer == [(tmp_path, {"data": None, "workers": None, "device": "cpu"})]
+    rest = {"data": None, "workers": None, "device": "cpu", "iterations": None, "epochs": None}
+    assert trainer == [(tmp_path, rest)]
     capsys.readouterr()
     assert "no such run folder" in refused(capsys, ["train", "--resume", tmp_path / "absent"])
-    assert "--iterations" in refused(capsys, ["train", f"--resume={tmp_path}", "--iterations", "5"])
+    assert "--batch-size" in refused(capsys, ["train", f"--resume={tmp_path}", "--batch-size", "5"])
     assert len(trainer) == 1
+    assert cli.main(["train", "--resume", str(tmp_path), "--iterations", "50", "--data", "b"]) == 0
+    assert (trainer[1][1]["iterations"], trainer[1][1]["data"]) == (50, ("b",))
 
 
 def test_only_the_first_process_talks(
@@ -214,7 +253,7 @@ def test_only_the_first_process_talks(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("train", "the preset comes first"),
+        ("train", "nothing to train on"),
         ("train --out a smoke", "the preset comes first"),
         ("train voc07-320-vgg61 --data a", "unknown preset 'voc07-320-vgg61': did you mean 'voc07-320-vgg16'?"),
         ("train smoke", "nothing to train on: refinedet train smoke --data DATA"),

@@ -39,7 +39,7 @@ PAPER = {
     "voc07-320-resnet101": "voc07",
     "voc12-320-resnet101": "voc12",
 }
-OF_THE_PAPER = [name for name in PRESETS if name not in ("smoke", "voc07-320-resnet18")]
+OF_THE_PAPER = [name for name in PRESETS if name not in ("smoke", "finetune", "voc07-320-resnet18")]
 
 
 def check_periods(train: TrainConfig, iterations: int, periods: list[tuple[int, float]]) -> None:

@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses whose annotations state the range of every number.
 
-Standard library only, so that the command line can answer ``--help`` without importing torch. The named presets are in
-``presets.py``; reading and writing as JSON is in ``files.py``. "Official code" means the Caffe code of the authors.
+Standard library only, so that ``--help`` answers without torch. The named presets are in ``presets.py``, their JSON in
+``dataclass_json.py``. "Official code" means the Caffe code of the authors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ DEFAULT_THRESHOLD = 0.4
 BackboneName = Literal[
     "vgg16", "resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d", "resnext101_64x4d", "timm"
 ]
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
 Interpolation = Literal["linear", "area", "nearest", "cubic", "lanczos"]
 
 
@@ -51,7 +52,7 @@ class Range:
         return None
 
 
-# Upper bounds of counts are far beyond use; they keep a corrupt file or a slip of the hand from taking all memory.
+# Upper bounds are far beyond use; they keep a corrupt file or a slip of the hand from taking all memory.
 Count = Annotated[int, Range(1, 10**9)]
 CountOrZero = Annotated[int, Range(0, 10**9)]
 Share = Annotated[float, Range(0, 1)]
@@ -65,7 +66,7 @@ Factor = Annotated[float, Range(0, 1e3)]
 
 
 class Checked:
-    """Base of the configurations: checks every number against its annotation when an instance is made."""
+    """Checks every number of a configuration against its annotation when an instance is made."""
 
     def __post_init__(self) -> None:
         """Check all fields, then what depends on several of them.
@@ -191,8 +192,7 @@ class ModelConfig(Checked):
     fc6_dilation: Annotated[int, Range(1, 32)] = 3
     """Dilation of VGG-16's fc6: 3 (official code) or 6 (SSD and some ports); no effect on other backbones."""
     tcb_attention: bool = False
-    """Squeeze-and-excitation attention over the output channels of the transfer connection blocks (the paper,
-    section 6, names attention as future work)."""
+    """Squeeze-and-excitation over the output channels of the transfer connection blocks (future work in section 6)."""
     tcb: bool = True
     """False removes the transfer connection blocks and the ARM: one multi-class head on each feature map of the
     backbone, as in SSD (paper, Table 2, last column)."""
@@ -253,11 +253,10 @@ class AugmentConfig(Checked):
     interpolations: tuple[Interpolation, ...] = ("linear", "area", "nearest", "cubic", "lanczos")
     """One is drawn for every image."""
     mosaic_probability: Share = 0.0
-    """Chance that an input is put together from four images that meet in a random point, each cropped, distorted and
-    flipped on its own but not expanded (not in the paper; for small datasets)."""
+    """Chance that an input is put together from four images, each cropped, distorted and flipped on its own but not
+    expanded (not in the paper; for small datasets)."""
     mixup_probability: Share = 0.0
-    """Chance that a second input, made by the same law from another image, is blended in and both keep their targets
-    (not in the paper; for long trainings on small datasets)."""
+    """Chance that a second input is blended in and both keep their targets (not in the paper; for long trainings)."""
 
     def _check_together(self) -> None:
         _require(len(self.interpolations) >= 1, "interpolations", self.interpolations, "at least one name")
@@ -278,8 +277,7 @@ class LossConfig(Checked):
     negatives_per_positive: Annotated[float, Range(0, 1e6)] = 3.0
     """Hard negatives kept for each positive of an image (paper, section 4)."""
     negatives_of_empty_images: Annotated[int, Range(0, 10**6)] = 0
-    """Hard negatives kept in an image without positives. None in the official code, which does not learn from images
-    without objects."""
+    """Hard negatives kept in an image without positives; the official code keeps none."""
     classification: Literal["mining", "focal"] = "mining"
     """Cross-entropy over positives and hard negatives (the paper), or focal loss over all anchors that are neither
     ignored nor filtered (named by the paper, section 5.3; Lin et al., "Focal Loss for Dense Object Detection")."""
@@ -335,17 +333,17 @@ class TrainConfig(Checked):
     bias_learning_rate_factor: Factor = 2.0
     """Official code: lr_mult 2, decay_mult 0 for biases of convolutions."""
     backbone_learning_rate_factor: Factor = 1.0
-    """Multiple of the rate for the pretrained layers of the backbone: less than 1 keeps more of what they know, 0 all
-    of it. Not used where a training starts from random weights. The paper has one rate."""
+    """Multiple of the rate for the pretrained layers of the backbone: less than 1 keeps more of what they know. Not
+    used where a training starts from random weights. The paper has one rate."""
     gradient_clip_norm: Annotated[float, Range(0, 1e9, above=True)] | None = None
     """Largest norm of the whole gradient; the paper does not clip."""
     ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Keep an exponential moving average of the weights with this decay and evaluate and save that."""
     size_schedule: tuple[tuple[CountOrZero, Side], ...] = ()
-    """Pairs (first iteration, side): train on smaller squares first, which is faster; anchors keep their pixel
-    sizes. Before the first pair, and without any, the model's ``image_size`` is used."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the network; losses and box arithmetic stay in fp32."""
+    """Pairs (first iteration, side): train on smaller squares first, which is faster; anchors keep their pixel sizes.
+    Before the first pair, and without any, the model's ``image_size`` is used."""
+    precision: Precision = "fp32"
+    """Autocast type of the network, not of the losses; "auto" is bf16 where the device is fast at it, else fp32."""
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on every current device."""
     compile: bool = False
@@ -355,8 +353,7 @@ class TrainConfig(Checked):
     workers: Annotated[int, Range(0, 1024)] = 2
     """Processes per trainer that load and augment images."""
     keep_images: bool = False
-    """Keep every decoded image in memory, in each loading process; 0.6 MB each at 500x375 pixels. Saves decoding from
-    the second epoch on, and most with mosaics, which take four images each."""
+    """Keep every decoded image in memory, in each loading process; 0.6 MB each at 500x375 pixels. Saves decoding."""
     log_every: Count = 20
     """Iterations between lines of metrics.csv."""
     save_every: Count = 1_000
@@ -397,3 +394,7 @@ class Preset:
     """Its training."""
     summary: str
     """One line for ``refinedet models``."""
+    init: str | None = None
+    """The model to start from by default; None starts from ImageNet weights of the backbone."""
+    fit_to_data: bool = False
+    """Choose what is not asked for by the data: iterations, batch size, splits, whether images are kept in memory."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from refinedet.config import AugmentConfig, InferenceConfig, ModelConfig, Preset, TrainConfig
+from refinedet.config import AugmentConfig, InferenceConfig, LossConfig, ModelConfig, Preset, TrainConfig
 from refinedet.errors import UsageError, did_you_mean
 
 _VOC07 = TrainConfig(train_split="trainval", evaluate_split="test", metric="voc07")
@@ -42,6 +42,15 @@ _VGG16 = ModelConfig()
 _RESNET101 = ModelConfig(backbone="resnet101", tcb_batch_norm=True, prediction_blocks=True)
 """Official ResNet-101 code, which made the paper's figures, on torchvision's ImageNet weights. The paper's text has no
 prediction blocks (--model.no-prediction-blocks); Caffe's weights want backbone_layout "caffe" and their own mean."""
+_LIGHT = ModelConfig(
+    backbone="resnet18",
+    tcb_channels=128,
+    tcb_batch_norm=True,
+    backbone_norm="frozen",
+    frozen_stages=2,
+    # 400 of the paper are used up by a dozen crowded objects, each of which gets dozens of boxes.
+    inference=InferenceConfig(candidates=1000),
+)
 
 
 def _named(model: ModelConfig, train: TrainConfig, side: int, summary: str, **changes: Any) -> Preset:
@@ -133,15 +142,7 @@ PRESETS: dict[str, Preset] = {
         "RefineDet512, ResNet-101, VOC 2012 test, schedule of Table 1 at batch 20 (not in the paper)",
     ),
     "voc07-320-resnet18": Preset(
-        model=ModelConfig(
-            backbone="resnet18",
-            tcb_channels=128,
-            tcb_batch_norm=True,
-            backbone_norm="frozen",
-            frozen_stages=2,
-            # 400 of the paper are used up by a dozen crowded objects, each of which gets dozens of boxes.
-            inference=InferenceConfig(candidates=1000),
-        ),
+        model=_LIGHT,
         # Chosen by trials on a part of train (docs/results.md): AdamW, a backbone that hardly moves away from ImageNet,
         # fewer tiny objects, and mosaics, which show more objects per picture.
         train=TrainConfig(
@@ -166,6 +167,35 @@ PRESETS: dict[str, Preset] = {
             augment=AugmentConfig(expand_ratio=2.0, mosaic_probability=0.5),
         ),
         summary="The light model that ships: ResNet-18, 128-channel TCB, trained on two CPU cores",
+    ),
+    "finetune": Preset(
+        model=_LIGHT,
+        # Chosen by trials on small datasets (docs/results.md, "Fine-tuning on small datasets").
+        train=TrainConfig(
+            iterations=300,
+            batch_size=16,
+            optimizer="adamw",
+            learning_rate=1e-3,
+            backbone_learning_rate_factor=0.1,
+            weight_decay=0.05,
+            schedule="cosine",
+            warmup_iterations=30,
+            gradient_clip_norm=10.0,
+            ema_decay=0.999,
+            precision="auto",
+            workers=1,
+            evaluate_every=0,
+            save_every=50,
+            log_every=10,
+            train_split="train",
+            evaluate_split="val",
+            metric="coco",
+            augment=AugmentConfig(expand_ratio=2.0, mosaic_probability=0.5),
+            loss=LossConfig(negatives_of_empty_images=6),
+        ),
+        summary="Your own images: the light model from its bundled weights, a length that fits the data",
+        init="voc07-320-resnet18",
+        fit_to_data=True,
     ),
     "smoke": Preset(
         model=ModelConfig(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refinedet.config import AugmentConfig, InferenceConfig, LossConfig, ModelConfig, Preset, TrainConfig
@@ -112,6 +112,18 @@ def change_preset(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     for owner in sorted(by_owner, key=len, reverse=True):
         preset = _replaced(preset, owner, by_owner[owner])
     return preset
+
+
+def values_of(preset: Preset, names: Iterable[str]) -> dict[str, Any]:
+    """The values of those fields that the names name; other names are passed over."""
+    values = {}
+    for name in names:
+        config: Any = preset
+        for part in _OWNERS.get(name, ()):
+            config = getattr(config, part)
+        if name in _OWNERS:
+            values[name] = getattr(config, name)
+    return values
 
 
 def _replaced(config: Any, owner: tuple[str, ...], values: Mapping[str, Any]) -> Any:

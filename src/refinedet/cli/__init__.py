@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import refinedet
 from refinedet.cli import deploy, training, verbs, weights
 from refinedet.cli.arguments import parse
-from refinedet.cli.flags import VERBS
+from refinedet.cli.flags import VERBS, fields_in
 from refinedet.cli.terminal import run, say
 from refinedet.errors import UsageError, did_you_mean
 from refinedet.presets import PRESETS, get_preset
@@ -75,4 +75,5 @@ def _with_defaults(name: str, arguments: Sequence[str]) -> Callable[..., int]:
     if named is None and any(b in PRESETS and not a.startswith("-") for a, b in itertools.pairwise(arguments)):
         raise UsageError(f"the preset comes first: refinedet {name} PRESET --data DATA")
     preset = get_preset(named if named is not None else training.DEFAULT_PRESETS[name])
-    return functools.partial(VERBS[name], settings=preset.train, model=preset.model)
+    defaults = {"settings": preset.train, "model": preset.model}
+    return functools.partial(VERBS[name], **defaults, **({"given": fields_in(arguments)} if name == "train" else {}))

@@ -17,9 +17,7 @@ from refinedet.errors import UsageError, did_you_mean
 
 OTHER_PROGRAMS = {
     "--batch": "--batch-size",
-    "--classes": "--class-names A,B,...",
     "--conf": "--threshold",
-    "--epochs": "--iterations (images of the data times epochs, divided by --batch-size)",
     "--img": "--model.image-size HEIGHT WIDTH",
     "--img-size": "--model.image-size HEIGHT WIDTH",
     "--imgsz": "--model.image-size HEIGHT WIDTH",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +44,7 @@ OptionalFolder = tyro.conf.DisallowNone[Annotated[Path | None, flag("FOLDER")]]
 OptionalFile = tyro.conf.DisallowNone[Annotated[Path | None, flag("FILE")]]
 OptionalText = tyro.conf.DisallowNone[Annotated[str | None, flag("TEXT")]]
 OptionalCount = tyro.conf.DisallowNone[Annotated[int | None, flag("INT")]]
+OptionalNumber = tyro.conf.DisallowNone[Annotated[float | None, flag("N")]]
 ClassNames = tyro.conf.DisallowNone[Annotated[str | None, flag("A,B,...")]]
 Training = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
@@ -70,3 +71,10 @@ def check_at_least(flag: str, value: int | None, smallest: int = 1) -> None:
     """
     if value is not None and value < smallest:
         raise UsageError(f"{flag} must be at least {smallest}, not {value}")
+
+
+def fields_in(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Names of the fields that flags such as ``--model.image-size=...`` and ``--augment.no-crop`` set."""
+    flags = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    names = [flag.rpartition(".")[2].removeprefix("no-").replace("-", "_") for flag in flags]
+    return tuple(dict.fromkeys(names))

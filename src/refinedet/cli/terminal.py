@@ -103,9 +103,13 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """Print one line to standard error, which may be closed or full."""
+    _print_line(" ".join(text.split()))
+
+
+def _print_line(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
-            print(printable(" ".join(text.split())), file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 def fail(message: str, code: int) -> int:
@@ -160,8 +164,11 @@ class _Notes(logging.Handler):
     """Shows the package's log, as it comes, on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "note: " if record.levelno >= logging.WARNING else ""
-        note(prefix + record.getMessage())
+        if record.levelno >= logging.WARNING:
+            note(f"note: {record.getMessage()}")
+        else:
+            for line in record.getMessage().splitlines():  # a table keeps its lines and columns
+                _print_line(line)
 
 
 def _discard(stream: TextIO | None) -> None:

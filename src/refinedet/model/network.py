@@ -7,7 +7,7 @@ everywhere, so nobody behind the network has to ask.
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from refinedet import boxes as box_ops
 from refinedet.config import ModelConfig
 from refinedet.model.anchors import STRIDES, tile_anchors
-from refinedet.model.backbones import ExtraResidual, build_backbone, init_convolutions
+from refinedet.model.backbones import Backbone, ExtraResidual, build_backbone, init_convolutions
 
 _CERTAIN = 100.0
 """Logit of the object where no ARM looks: its score is exactly 1 in every float type, so any theta lets it pass."""
@@ -178,10 +178,17 @@ class PredictionHead(nn.Module):
 class RefineDetNetwork(nn.Module):
     """Backbone, ARM heads, transfer connection blocks and ODM heads (paper, figure 1)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backbone: nn.Module | None = None) -> None:
+        """Make a network with random weights.
+
+        Args:
+            config: what it is made of.
+            backbone: in place of the one that the config names. Maps images to four feature maps at strides 8, 16, 32
+                and 64; ``out_channels`` says their channels, ``new_modules`` which of its children are not pretrained.
+        """
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(config)
+        self.backbone = build_backbone(config) if backbone is None else cast(Backbone, backbone)
         channels = self.backbone.out_channels
         width, top = config.tcb_channels, len(STRIDES) - 1
         per_cell, block = len(config.aspect_ratios), config.prediction_blocks

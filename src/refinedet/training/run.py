@@ -58,7 +58,15 @@ class RunConfig:
     class_names: tuple[str, ...]
     """In label order."""
     init_weights: str
-    """Where the weights came from: a file, a model, "torchvision" or "random"."""
+    """Where the weights came from: a file, a model, "torchvision", "random", or "own" for a network of the caller's."""
+    evaluate_data: tuple[str, ...] = ()
+    """Other data to evaluate on, as absolute paths; empty: the same as ``data``."""
+    classes: tuple[str, ...] | None = None
+    """The classes of the data that are trained on, in label order; None: all."""
+    group_by: str | None = None
+    """How images were kept together when some were held out."""
+    skip_broken: bool = False
+    """Whether images that cannot be read are left out."""
 
 
 def read_run_config(path: Path) -> RunConfig:

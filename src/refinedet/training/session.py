@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from refinedet.data.records import DetectionDataset
-from refinedet.dataclass_json import to_dict
+from refinedet.config import TrainConfig
+from refinedet.dataclass_json import save_json, to_dict
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.evaluate import collect_detections, evaluate_detections
@@ -24,11 +24,14 @@ from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
 from refinedet.model.network import RefineDetNetwork
 from refinedet.provenance import Provenance
-from refinedet.training.batches import explain_loader, training_batches
+from refinedet.schedule import change_preset, iterations_of_epochs
+from refinedet.training.batches import Batch, explain_loader, training_batches
 from refinedet.training.card import model_card
+from refinedet.training.data import TrainingData
 from refinedet.training.distributed import World, share_of
 from refinedet.training.loss import RefineDetLoss
 from refinedet.training.optim import build_optimizer
+from refinedet.training.pace import seconds_per_iteration
 from refinedet.training.run import BEST_FOLDER, LAST_FOLDER, TENSORBOARD_FOLDER, RunConfig, RunFolder
 from refinedet.training.stopping import SignalGuard, TrainingStopped, either
 from refinedet.training.trainer import Trainer
@@ -43,9 +46,9 @@ class Session:
         folder: where it writes; locked by the first process.
         config: of the run.
         model: with its first weights.
-        dataset: to train on.
-        evaluation_set: to measure on, if any.
+        data: to train on, and to measure on if there is any.
         world: this process among the processes of the training.
+        criterion: the loss in place of RefineDet's; see ``trainer.Criterion``.
 
     Raises:
         UsageError: the batch cannot be shared by so many processes, or is too small for batch normalisation.
@@ -56,9 +59,9 @@ class Session:
         folder: RunFolder,
         config: RunConfig,
         model: RefineDet,
-        dataset: DetectionDataset,
-        evaluation_set: DetectionDataset | None,
+        data: TrainingData,
         world: World,
+        criterion: nn.Module | None = None,
     ) -> None:
         settings = config.preset.train
         smallest = len(share_of(settings.batch_size // settings.accumulation_steps, 0, world.size))
@@ -66,12 +69,12 @@ class Session:
         if smallest == 1 and min(sides) == 64 and any(isinstance(m, nn.BatchNorm2d) for m in model.network.modules()):
             raise UsageError("batch normalisation needs more than one image of side 64: raise --batch-size or the size")
         self.folder, self.config, self.model, self.world, self.settings = folder, config, model, world, settings
-        self.dataset, self.evaluation_set = dataset, evaluation_set
+        self.dataset, self.evaluation_set = data.train, data.evaluation
         self.also_trained_on = self._count_shared_images()
-        self.data_digest = dataset.digest()
-        criterion = RefineDetLoss(
-            model.config, settings.loss, normalizer=world.mean_divisor if world.size > 1 else None
-        )
+        self.data_digest = data.train.digest()
+        if criterion is None:
+            normalizer = world.mean_divisor if world.size > 1 else None
+            criterion = RefineDetLoss(model.config, settings.loss, normalizer=normalizer)
         model.to(world.device)
         # A slow backbone is for keeping what it knows; with random numbers it knows nothing.
         random = config.init_weights == "random"
@@ -114,15 +117,7 @@ class Session:
             TrainingStopped: a signal came to one of the processes; all is saved.
         """
         trainer, world, self.signals = self.trainer, self.world, signals
-        batches = training_batches(
-            self.dataset,
-            self.model.config,
-            self.settings,
-            start=trainer.iteration,
-            rank=world.rank,
-            world=world.size,
-            pin_memory=world.device.type == "cuda",
-        )
+        batches = self.batches(self.settings, start=trainer.iteration)
         with self._loggers(loggers) as group, signals.held():
 
             def evaluate() -> None:
@@ -146,6 +141,25 @@ class Session:
                 raise TrainingStopped(came[0])
         self.model.network.eval()
         return finished
+
+    def batches(self, settings: TrainConfig, start: int = 0) -> Generator[Batch, None, None]:
+        """The batches of this process from iteration ``start`` on."""
+        world = self.world
+        return training_batches(
+            self.dataset,
+            self.model.config,
+            settings,
+            start=start,
+            rank=world.rank,
+            world=world.size,
+            pin_memory=world.device.type == "cuda",
+        )
+
+    def seconds_per_iteration(self) -> float:
+        """Measured by a few iterations that leave no trace."""
+        return seconds_per_iteration(
+            self.model.network, self.trainer.criterion, self.settings, self.batches, self.world
+        )
 
     def current(self) -> RefineDet:
         """The weights worth evaluating and keeping, sharing memory with the training."""
@@ -262,6 +276,8 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     """What must be equal for a training to go on: all that decides its outcome, but not where the data lies."""
     content: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
     del content["data"], content["preset"]["summary"]
+    for name in ("evaluate_data", "group_by"):
+        del content[name]
     for name in ("workers", "keep_images"):
         del content["preset"]["train"][name]
     return content
@@ -277,3 +293,29 @@ def first_difference(before: Any, now: Any, name: str = "") -> str | None:
                 return difference
         return None
     return None if before == now else f"{name} is {now}, was {before}"
+
+
+def extended(
+    folder: RunFolder, config: RunConfig, iterations: int | None, epochs: float | None, images: int, world: World
+) -> RunConfig:
+    """The config of a run with another length, which is written into its checkpoint too."""
+    state, _ = folder.load_checkpoint()
+    train = config.preset.train
+    if epochs is not None:
+        iterations = iterations_of_epochs(epochs, images, train.batch_size)
+    preset = change_preset(config.preset, {"iterations": iterations})
+    if preset.train.iterations < state["iteration"]:
+        raise UsageError(
+            f"{folder.path}: has done {state['iteration']} iterations already; give a larger number than "
+            f"{preset.train.iterations}"
+        )
+    longer = dataclasses.replace(config, preset=preset)
+    # Only a checkpoint of this very run is changed; of another, _go_on says what is wrong.
+    if first_difference(state.get("config"), comparable(config)) is None:
+
+        def save() -> None:
+            folder.save_checkpoint({**state, "config": comparable(longer)})
+            save_json(longer, folder.config)
+
+        world.on_main(save)
+    return longer

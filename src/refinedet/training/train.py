@@ -13,32 +13,40 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from refinedet.config import Preset
-from refinedet.data.layouts import open_joined
-from refinedet.data.records import DetectionDataset
+from refinedet.config import ModelConfig, Preset
 from refinedet.dataclass_json import save_json
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.report import Report
 from refinedet.files import check_output_folder, read_json, user_path, write_text
 from refinedet.loggers import Logger
-from refinedet.training.data_check import (
-    describe_changes,
-    image_digests,
-    require_few_repairs,
-    require_measurable,
-    require_objects,
-)
+from refinedet.model.network import RefineDetNetwork
+from refinedet.schedule import iterations_of_minutes, with_iterations
+from refinedet.training.briefing import describe, doubts
+from refinedet.training.data import DataChoice, TrainingData, open_training_data, reopen_training_data
+from refinedet.training.data_check import describe_changes, image_digests
 from refinedet.training.distributed import World, join_world, launch_command
 from refinedet.training.loss import set_background_prior
+from refinedet.training.plan import (
+    DEFAULT_PRESET,
+    OWN_NETWORK,
+    Call,
+    Ends,
+    check_data,
+    choice_of,
+    chosen_preset,
+    name_of,
+    texts,
+)
 from refinedet.training.run import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
@@ -50,13 +58,12 @@ from refinedet.training.run import (
     is_run,
     read_run_config,
 )
-from refinedet.training.session import Session, comparable, first_difference
+from refinedet.training.session import Session, comparable, extended, first_difference
+from refinedet.training.start import find_start
 from refinedet.training.stopping import SignalGuard, TrainingStopped
-from refinedet.weights.convert import Fitted, fit_backbone
-from refinedet.weights.store import load_weights
-from refinedet.weights.transfer import Transfer, adopt_config, changed_fields, transfer_classes
 
 _LOG = logging.getLogger(__name__)
+_MEASURED_FROM = 50  # iterations from which on the time that a training will take is measured before it starts
 
 
 @dataclass(frozen=True)
@@ -77,38 +84,66 @@ class Run:
 
 
 def train(
-    preset: Preset,
-    data: str | Path | Sequence[str | Path],
+    preset: Preset | str = DEFAULT_PRESET,
+    data: str | Path | Sequence[str | Path] = (),
     *,
-    out: str | Path = "runs/refinedet",
+    out: str | Path | None = None,
     init_weights: str | Path | None = None,
     class_names: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    evaluate_data: str | Path | Sequence[str | Path] = (),
+    group_by: str | None = None,
+    skip_broken: bool = False,
+    epochs: float | None = None,
+    minutes: float | None = None,
     device: str = "auto",
     init: str | Path | None = None,
+    network: Callable[[ModelConfig], RefineDetNetwork] | None = None,
+    criterion: Callable[[ModelConfig], nn.Module] | None = None,
     loggers: Sequence[Logger] = (),
+    on_log: Callable[[int, Mapping[str, float]], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    **settings: Any,
 ) -> Run:
     """Train a detector, or go on with a training of the same settings.
+
+    ``train(data="photos")`` takes the preset "finetune": the bundled model, a length that fits the number of images.
+    Data without splits, or without one to evaluate on, is divided (see ``data.holdout``). Before the first iteration a
+    paragraph says what will be done.
 
     SIGINT, SIGTERM and SIGUSR1 end it early: it saves, says how to go on, and raises ``TrainingStopped``, a SystemExit
     with the code 128 + the signal's number. A second Ctrl-C stops at once.
 
     Args:
-        preset: model and training; ``num_classes`` is replaced by the number of classes of the data.
+        preset: model and training, or the name of a preset; ``num_classes`` is replaced by the number of classes of
+            the data.
         data: one or several folders in VOC, COCO or YOLO layout; several are joined and must have the same classes.
-        out: run folder. A run of the same settings that is in it goes on from its last checkpoint, so that a command
-            that is simply given again survives any stop; before the first checkpoint it begins anew.
+        out: run folder, by default runs/ and the name of the preset. A run of the same settings that is in it goes on
+            from its last checkpoint, so that a command that is simply given again survives any stop; before the first
+            checkpoint it begins anew.
         init_weights: a file with ImageNet weights of the backbone (see docs/weights.md), or "random". "torchvision" (or
             None) lets torchvision download them. Mean, std and channel order become those of the weights.
         class_names: in label order; by default they come from the data.
+        classes: the classes to train on, in label order; by default all. Objects of others are left out.
+        evaluate_data: other folders to evaluate on.
+        group_by: a regular expression; images whose file names have the same match are held out together or not at all.
+        skip_broken: go on without images that cannot be read; they are listed.
+        epochs: length of the training in place of ``iterations``.
+        minutes: the same; the time of the first iterations gives the number of iterations.
         device: "cpu", "cuda" or "auto".
         init: a model to start from instead of ImageNet weights (see ``RefineDet.from_pretrained``). Classes are
             carried over by name (see ``weights.transfer``), others start anew; what was done is printed. Mean, std,
-            channel order and the like come from the model, whatever the preset says.
+            channel order and the like come from the model, whatever the preset says. By default what the preset says.
+        network: makes a network of your own from the model's configuration; it starts with the weights it is made with,
+            or from ``init``. See examples/own_backbone.py.
+        criterion: makes a loss of your own; see ``training.trainer.Criterion``.
         loggers: receive the same numbers as metrics.csv and the console; closed at the end. Used by the first process
             only.
+        on_log: called with the iteration and the numbers of each line of metrics.csv.
         stop: asked after every iteration but the last; once it says True (the time is up, say), everything is saved
             for ``resume`` and the call returns.
+        settings: other values for fields of the preset's configuration, by their names: ``iterations=500``,
+            ``image_size=512``, ``learning_rate=3e-4``. With ``iterations`` the schedule keeps its shares.
 
     Returns:
         The run, finished unless ``stop`` said otherwise.
@@ -118,40 +153,72 @@ def train(
             is writing there.
         RefineDetError: bad files, nothing to learn from, a full disk, a loss, gradient or weights that are not finite.
     """
-    folder = RunFolder(user_path(out))
-    paths = _absolute((data,) if isinstance(data, (str, Path)) else tuple(data))
-    if init is not None and init_weights is not None:
-        raise UsageError("give either a model to start from or backbone weights, not both")
-    read = [path for path in (*paths, init, init_weights) if path is not None]
+    chosen = chosen_preset(preset, settings)
+    call = Call(
+        preset=chosen,
+        given=frozenset(settings),
+        choice=DataChoice(
+            paths=_absolute(data),
+            evaluate_paths=_absolute(evaluate_data),
+            class_names=None if class_names is None else tuple(class_names),
+            classes=None if classes is None else tuple(classes),
+            group_by=group_by,
+            skip_broken=skip_broken,
+            given=frozenset(settings) & {"train_split", "evaluate_split"},
+            prefer_trainval=chosen.fit_to_data,
+            allow_outside=chosen.train.allow_outside,
+        ),
+        epochs=epochs,
+        minutes=minutes,
+        init_weights=init_weights,
+        init=init,
+        network=network,
+        criterion=criterion,
+    )
+    folder = RunFolder(user_path(Path("runs") / name_of(preset) if out is None else out))
+    ends = Ends.of(stop, loggers, on_log)
+    read = call.inputs
     with SignalGuard() as signals, join_world(device) as world, _told(folder, world), _writing(folder, world, read):
-        dataset = _open_training_set(paths, preset, class_names, world)
-        model_config = dataclasses.replace(preset.model, num_classes=len(dataset.class_names))
-        start = None if init is None else RefineDet.from_pretrained(init)
-        if start is not None:
-            model_config, adopted = adopt_config(model_config, start.config)
-            if adopted and world.is_main:
-                _LOG.info("init: %s as %s has them", ", ".join(adopted), init)
-        fitted = None if start is not None else fit_backbone(model_config, init_weights)
-        if fitted is not None:
-            adopted = changed_fields(model_config, fitted.config)
-            model_config = fitted.config
-            if adopted and world.is_main:
-                _LOG.info("init weights: %s as %s needs them", ", ".join(adopted), fitted.file.source)
-        preset = dataclasses.replace(preset, model=model_config)
-        config = RunConfig(preset, paths, dataset.class_names, _source(init, fitted))
-        if folder.has_checkpoint():
-            return _go_on(folder, config, dataset, world, signals, (stop, loggers))
-        torch.manual_seed(preset.train.seed)
-        model = RefineDet(model_config, dataset.class_names, category_ids=dataset.category_ids)
-        if preset.train.loss.classification == "focal":
-            set_background_prior(model.network)
-        transfer = _initialise(model, init, start, fitted)
-        if transfer is not None and world.is_main:
-            _LOG.info("init: %s", transfer.summary())
-        evaluation_set = _open_evaluation_set(config, world)
-        session = Session(folder, config, model, dataset, evaluation_set, world)
-        world.on_main(lambda: _describe(folder, config, dataset, evaluation_set))
-        return _run(session, signals, stop, loggers)
+        return _train(call, folder, world, signals, ends)
+
+
+def _train(call: Call, folder: RunFolder, world: World, signals: SignalGuard, ends: Ends) -> Run:
+    """Open the data, make the model, and hand both to a session."""
+    data = open_training_data(call.choice, call.preset.train)
+    check_data(data, call.preset, world)
+    preset = call.fitted(data, world.device)
+    model_config = dataclasses.replace(preset.model, num_classes=len(data.train.class_names))
+    start = find_start(call, model_config)
+    if start.adopted and world.is_main:
+        _LOG.info("%s", start.adopted)
+    preset = dataclasses.replace(preset, model=start.config)
+    config = call.run_config(preset, data.train.class_names, start.source)
+    if folder.has_checkpoint():
+        if call.minutes is not None:
+            # How long it takes was measured when the run began.
+            config = dataclasses.replace(config, preset=read_run_config(folder.config).preset)
+        return _go_on(folder, config, data, world, signals, ends)
+    torch.manual_seed(preset.train.seed)
+    network = call.own_network(start.config)
+    model = RefineDet(start.config, data.train.class_names, network=network, category_ids=data.train.category_ids)
+    if preset.train.loss.classification == "focal":
+        set_background_prior(model.network)
+    transfer = start.fill(model)
+    if transfer is not None and world.is_main:
+        _LOG.info("init: %s", transfer.summary())
+    session = Session(folder, config, model, data, world, call.own_criterion(start.config))
+    seconds = session.seconds_per_iteration() if call.minutes or preset.train.iterations >= _MEASURED_FROM else None
+    if call.minutes is not None and seconds is not None:
+        length = with_iterations(preset.train, iterations_of_minutes(call.minutes, seconds))
+        config = dataclasses.replace(config, preset=dataclasses.replace(preset, train=length))
+        session = Session(folder, config, model, data, world, call.own_criterion(start.config))
+    world.on_main(lambda: _describe(folder, config, data))
+    if world.is_main:
+        data.save_lists(folder.path)
+        _LOG.info("%s", describe(config.preset, data, model.network, config.init_weights, world.device, seconds))
+        for doubt in doubts(config.preset, data.train):
+            _LOG.warning("%s", doubt)
+    return _run(session, signals, ends)
 
 
 def resume(
@@ -159,8 +226,11 @@ def resume(
     *,
     data: str | Path | Sequence[str | Path] | None = None,
     workers: int | None = None,
+    iterations: int | None = None,
+    epochs: float | None = None,
     device: str = "auto",
     loggers: Sequence[Logger] = (),
+    on_log: Callable[[int, Mapping[str, float]], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Run:
     """Continue a training from its last checkpoint, with the outcome of one that was never stopped.
@@ -169,22 +239,26 @@ def resume(
         run_folder: what ``train`` was given as ``out``.
         data: where the data has moved to; it must be the same.
         workers: loading processes, instead of as many as the run began with.
+        iterations: another length, also of a run that is finished. The schedule keeps its shares: the learning rate
+            goes on as if the run had had this length from the beginning.
+        epochs: the same in epochs.
         device: "cpu", "cuda" or "auto".
         loggers: as for ``train``.
+        on_log: as for ``train``.
         stop: as for ``train``.
 
     Raises:
-        UsageError: no run there.
+        UsageError: no run there, or it is longer already.
         RefineDetError: a corrupt file in it, or the data has changed.
     """
     folder = RunFolder(user_path(run_folder))
     if not folder.config.exists():
         raise UsageError(f"{folder.path}: no run there ({CONFIG_FILE} is missing)")
+    ends = Ends.of(stop, loggers, on_log)
     with SignalGuard() as signals, join_world(device) as world, _told(folder, world), _writing(folder, world):
         config = read_run_config(folder.config)
         if data is not None:
-            moved = _absolute((data,) if isinstance(data, (str, Path)) else tuple(data))
-            config = dataclasses.replace(config, data=moved)
+            config = dataclasses.replace(config, data=texts(_absolute(data)))
         if workers is not None:
             settings = dataclasses.replace(config.preset.train, workers=workers)
             config = dataclasses.replace(config, preset=dataclasses.replace(config.preset, train=settings))
@@ -193,17 +267,15 @@ def resume(
                 raise UsageError(
                     f"{path}: no such folder; if the data has moved: refinedet train --resume {folder.path} --data NEW"
                 )
-        dataset = _open_training_set(config.data, config.preset, config.class_names, world)
-        return _go_on(folder, config, dataset, world, signals, (stop, loggers))
+        opened = reopen_training_data(choice_of(config), config.preset.train, folder.path)
+        check_data(opened, config.preset, world)
+        if iterations is not None or epochs is not None:
+            config = extended(folder, config, iterations, epochs, len(opened.train), world)
+        return _go_on(folder, config, opened, world, signals, ends)
 
 
 def _go_on(
-    folder: RunFolder,
-    config: RunConfig,
-    dataset: DetectionDataset,
-    world: World,
-    signals: SignalGuard,
-    rest: tuple[Callable[[], bool] | None, Sequence[Logger]],
+    folder: RunFolder, config: RunConfig, data: TrainingData, world: World, signals: SignalGuard, ends: Ends
 ) -> Run:
     """Continue from the last checkpoint that is whole, if config, data and checkpoint belong together."""
     checkpoint = folder.path / CHECKPOINT_FILE
@@ -216,44 +288,49 @@ def _go_on(
             f"{folder.path}: holds a run of other settings ({difference}); continue it with --resume {folder.path}, or "
             "choose another --out"
         )
-    if state.get("data") != dataset.digest():
-        changes = describe_changes(_recorded_images(folder, "train"), image_digests(dataset, config.data))
+    if state.get("data") != data.train.digest():
+        changes = describe_changes(_recorded_images(folder, "train"), image_digests(data.train, config.data))
         raise RefineDetError(
             f"{folder.path}: the data has changed since this run began: {changes or 'its order or its class names'}; "
             f"restore it, or begin anew with --init {folder.path} and another --out"
         )
-    model = RefineDet(config.preset.model, config.class_names, category_ids=dataset.category_ids)
+    if config.init_weights == OWN_NETWORK:
+        raise UsageError(f"{folder.path}: trains a network of its caller's own, which cannot be made again here")
+    model = RefineDet(config.preset.model, config.class_names, category_ids=data.train.category_ids)
     iterations = config.preset.train.iterations
-    measured = config.preset.train.evaluate_split in ("", "none") or (folder.report / "index.html").exists()
+    measured = data.evaluation is None or (folder.report / "index.html").exists()
     if state["iteration"] == iterations and measured:
         if world.is_main:
             _LOG.warning("%s: finished before, all %d iterations; nothing was changed", folder.path, iterations)
         return Run(folder.path, RefineDet.from_pretrained(folder.path / LAST_FOLDER), None, {})
-    evaluation_set = _open_evaluation_set(config, world)
-    session = Session(folder, config, model, dataset, evaluation_set, world)
+    session = Session(folder, config, model, data, world)
     try:
         session.load_state(state)
     except (RefineDetError, KeyError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise RefineDetError(f"{checkpoint}: does not fit the run's config ({reason})") from None
-    if evaluation_set is not None and world.is_main:
-        recorded, now = _recorded_images(folder, "evaluation"), image_digests(evaluation_set, config.data)
+    if data.evaluation is not None and world.is_main:
+        recorded, now = _recorded_images(folder, "evaluation"), image_digests(data.evaluation, config.data)
         changes = describe_changes(recorded, now) if recorded else None
         if changes is not None:
             _LOG.warning("the evaluation split has changed since this run began: %s", changes)
-    world.on_main(lambda: _describe(folder, config, dataset, evaluation_set))
+    world.on_main(lambda: _describe(folder, config, data))
     if world.is_main:
         _LOG.info("going on from iteration %d of %d", session.trainer.iteration, iterations)
-    return _run(session, signals, *rest)
+    return _run(session, signals, ends)
 
 
-def _run(session: Session, signals: SignalGuard, stop: Callable[[], bool] | None, loggers: Sequence[Logger]) -> Run:
+def _run(session: Session, signals: SignalGuard, ends: Ends) -> Run:
     try:
-        finished = session.run(signals, stop, loggers)
+        finished = session.run(signals, ends.stop, ends.loggers)
     except TrainingStopped as stopped:
         if session.saved is not None:
             stopped.where = f"at {session.saved}/{session.settings.iterations}, saved"
         raise
+    if finished and session.report is not None and session.world.is_main:
+        folder = session.folder
+        _LOG.info("%s\nbest weights: %s", session.report.table(), folder.path / BEST_FOLDER)
+        _LOG.info("report: %s", folder.report / "index.html")
     return Run(session.folder.path, session.current(), session.report, session.trainer.losses, finished)
 
 
@@ -300,46 +377,16 @@ def _writing(folder: RunFolder, world: World, inputs: Sequence[str | Path] = ())
         yield
 
 
-def _absolute(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    return tuple(os.path.abspath(user_path(path)) for path in paths)
+def _absolute(data: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
+    return tuple(Path(os.path.abspath(user_path(path))) for path in paths)
 
 
-def _open_training_set(
-    paths: Sequence[str], preset: Preset, class_names: Sequence[str] | None, world: World
-) -> DetectionDataset:
-    """The data to train on, if there is something to learn from it.
-
-    Raises:
-        RefineDetError: there is not, or more than half of it had to be repaired.
-    """
-    settings = preset.train
-    dataset = open_joined(paths, settings.train_split, class_names, allow_outside=settings.allow_outside)
-    require_objects(dataset, preset.model.image_size)
-    repaired = require_few_repairs(dataset)
-    if repaired is not None and world.is_main:
-        _LOG.warning("%s", repaired)
-    return dataset
-
-
-def _open_evaluation_set(config: RunConfig, world: World) -> DetectionDataset | None:
-    split = config.preset.train.evaluate_split
-    if split in ("", "none"):
-        return None
-    if split == config.preset.train.train_split:
-        raise UsageError(f"'{split}' is the training split; evaluate on another, or on none with --evaluate-split none")
-    outside = config.preset.train.allow_outside
-    dataset = open_joined(config.data, split, config.class_names, allow_outside=outside)
-    world.on_main(lambda: require_measurable(dataset))
-    return dataset
-
-
-def _describe(
-    folder: RunFolder, config: RunConfig, dataset: DetectionDataset, evaluation_set: DetectionDataset | None
-) -> None:
+def _describe(folder: RunFolder, config: RunConfig, data: TrainingData) -> None:
     """Write what is trained, and on what."""
     save_json(config, folder.config)
-    sets = {"train": dataset} if evaluation_set is None else {"train": dataset, "evaluation": evaluation_set}
-    images = {name: image_digests(one, config.data) for name, one in sets.items()}
+    sets = {"train": data.train} if data.evaluation is None else {"train": data.train, "evaluation": data.evaluation}
+    images = {name: image_digests(dataset, config.data) for name, dataset in sets.items()}
     write_text(folder.data, json.dumps(images, indent=0) + "\n")
 
 
@@ -350,24 +397,3 @@ def _recorded_images(folder: RunFolder, name: str) -> dict[str, str]:
     except (RefineDetError, KeyError, TypeError):
         return {}
     return images if isinstance(images, dict) else {}
-
-
-def _initialise(
-    model: RefineDet, init: str | Path | None, start: RefineDet | None, fitted: Fitted | None
-) -> Transfer | None:
-    """Fill the network with its first weights; say what became of the classes, if they come from a detector."""
-    if start is not None:
-        own = model.network.state_dict()
-        state, transfer = transfer_classes(own, start.network.state_dict(), model.class_names, start.class_names)
-        load_weights(model.network, state, str(init))
-        return transfer
-    if fitted is not None:
-        fitted.fill(model.network)
-    return None
-
-
-def _source(init: str | Path | None, fitted: Fitted | None) -> str:
-    """Where the first weights come from, as config.json says it."""
-    if init is not None:
-        return str(init)
-    return "random" if fitted is None else Path(fitted.file.source).name
