@@ -11,13 +11,31 @@ from collections.abc import Iterable
 
 
 class RefineDetError(ValueError):
-    """The work failed: a bad file, a full disk, a loss that is no number. The message names the file and the fix."""
+    """The work failed: a bad file, a full disk, a loss that is not finite. The message names the file and the fix.
+
+    Example:
+        >>> from refinedet import RefineDet, RefineDetError
+        >>> try:
+        ...     RefineDet.from_pretrained("voc07-320-resnet18").predict("no-such-photo.jpg")
+        ... except RefineDetError as error:
+        ...     print(type(error).__name__, "for", str(error).split(":")[0])
+        UsageError for no-such-photo.jpg
+    """
 
     exit_code = 1
 
 
 class UsageError(RefineDetError):
-    """The call was wrong: an unknown preset, a missing folder, options that exclude each other."""
+    """The call was wrong: an unknown preset, a missing folder, options that exclude each other.
+
+    Example:
+        >>> from refinedet import Detections, UsageError
+        >>> try:
+        ...     Detections.empty(("cat", "dog"), (640, 480)).filter(labels="dgo")
+        ... except UsageError as error:
+        ...     print(error)
+        unknown class 'dgo': did you mean 'dog'?
+    """
 
     exit_code = 2
 

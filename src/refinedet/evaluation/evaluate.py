@@ -93,6 +93,12 @@ def evaluate(
             data differ (with ``shared_classes``: have nothing in common).
         UsageError: an unknown metric, a missing folder, a batch size, limit or number of threads below 1, or
             multi-scale testing of a model of another size.
+
+    Example:
+        >>> from refinedet import evaluate
+        >>> report = evaluate("voc07-320-resnet18", "photos", split="val", shared_classes=True)
+        >>> sorted(report.per_class), 0 <= report["mAP"] <= 1
+        (['cat', 'dog'], True)
     """
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, not {limit}")
