@@ -184,7 +184,6 @@ def test_examples_in_docstrings_run(name: str, work_folder: Path) -> None:
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for example in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name)):
         runner.run(example, out=output.write)
-    assert runner.tries
     assert runner.failures == 0, output.getvalue()
 
 
