@@ -152,6 +152,12 @@ def train(
         UsageError: the call or the data's layout is wrong, ``out`` holds a run of other settings, or another training
             is writing there.
         RefineDetError: bad files, nothing to learn from, a full disk, a loss, gradient or weights that are not finite.
+
+    Example:
+        >>> from refinedet import train
+        >>> run = train("smoke", "photos", out="runs/a", init_weights="random", iterations=1, evaluate_split="none")
+        >>> run.finished, run.model.class_names
+        (True, ('cat', 'dog'))
     """
     chosen = chosen_preset(preset, settings)
     call = Call(
