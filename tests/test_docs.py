@@ -218,7 +218,8 @@ def test_every_module_is_in_the_architecture() -> None:
 
 def test_the_ladder_of_imports_is_the_one_that_is_checked() -> None:
     """Long lines of the contract are "(all others)" of their package in the document."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = configuration["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["id"] == "ladder")
     shown = indented("docs/architecture.md")
     shown = shown[shown.index("__main__") :]

@@ -107,20 +107,16 @@ def train(
 ) -> Run:
     """Train a detector, or go on with a training of the same settings.
 
-    ``train(data="photos")`` takes the preset "finetune": the bundled model, a length that fits the number of images.
-    Data without splits, or without one to evaluate on, is divided (see ``data.holdout``). Before the first iteration a
-    paragraph says what will be done.
-
-    SIGINT, SIGTERM and SIGUSR1 end it early: it saves, says how to go on, and raises ``TrainingStopped``, a SystemExit
-    with the code 128 + the signal's number. A second Ctrl-C stops at once.
+    ``train(data="photos")`` uses the preset "finetune": the bundled model, a length that fits the number of images.
+    Data without a split for evaluation is divided (see ``data.holdout``). SIGINT, SIGTERM and SIGUSR1 save, print how
+    to continue, and raise ``TrainingStopped``, a SystemExit with the code 128 + signal. A second Ctrl-C stops at once.
 
     Args:
         preset: model and training, or the name of a preset; ``num_classes`` is replaced by the number of classes of
             the data.
         data: one or several folders in VOC, COCO or YOLO layout; several are joined and must have the same classes.
-        out: run folder, by default runs/ and the name of the preset. A run of the same settings that is in it goes on
-            from its last checkpoint, so that a command that is simply given again survives any stop; before the first
-            checkpoint it begins anew.
+        out: run folder, by default runs/ and the name of the preset. A run of the same settings in it continues from
+            its last checkpoint, so giving the same command again is enough after any stop.
         init_weights: a file with ImageNet weights of the backbone (see docs/weights.md), or "random". "torchvision" (or
             None) lets torchvision download them. Mean, std and channel order become those of the weights.
         class_names: in label order; by default they come from the data.
@@ -137,8 +133,7 @@ def train(
         network: makes a network of your own from the model's configuration; it starts with the weights it is made with,
             or from ``init``. See examples/own_backbone.py.
         criterion: makes a loss of your own; see ``training.trainer.Criterion``.
-        loggers: receive the same numbers as metrics.csv and the console; closed at the end. Used by the first process
-            only.
+        loggers: receive the numbers of metrics.csv, in the first process only; closed at the end.
         on_log: called with the iteration and the numbers of each line of metrics.csv.
         stop: asked after every iteration but the last; once it says True (the time is up, say), everything is saved
             for ``resume`` and the call returns.
