@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from refinedet.device import pick_device
 from refinedet.errors import RefineDetError, UsageError
@@ -111,7 +113,12 @@ def join_world(device: str = "auto", timeout: datetime.timedelta = TIMEOUT) -> I
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
         return
     try:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        # torchrun may keep one store over all restarts: without a name of its own, a restart would find the addresses
+        # of processes that are dead.
+        own = PrefixStore(f"refinedet/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        kind = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(kind, store=own, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise RefineDetError(
             f"the processes of this training do not find each other within {timeout.total_seconds():.0f} s "

@@ -179,7 +179,7 @@ def train(
     folder = RunFolder(user_path(Path("runs") / name_of(preset) if out is None else out))
     ends = Ends.of(stop, loggers, on_log)
     read = call.inputs
-    with SignalGuard() as signals, join_world(device) as world, _told(folder, world), _writing(folder, world, read):
+    with join_world(device) as world, SignalGuard() as signals, _told(folder, world), _writing(folder, world, read):
         return _train(call, folder, world, signals, ends)
 
 
@@ -256,7 +256,7 @@ def resume(
     if not folder.config.exists():
         raise UsageError(f"{folder.path}: no run there ({CONFIG_FILE} is missing)")
     ends = Ends.of(stop, loggers, on_log)
-    with SignalGuard() as signals, join_world(device) as world, _told(folder, world), _writing(folder, world):
+    with join_world(device) as world, SignalGuard() as signals, _told(folder, world), _writing(folder, world):
         config = read_run_config(folder.config)
         if data is not None:
             config = dataclasses.replace(config, data=texts(_absolute(data)))
