@@ -341,6 +341,8 @@ def test_boxes_in_another_form_are_noticed(write_coco: Callable[..., Path], box:
 def test_a_single_doubtful_box_is_only_noted(write_coco: Callable[..., Path]) -> None:
     dataset = open_dataset(write_coco([image(1, "a.jpg")], [annotation(1, 1, bbox=[100, 60, 150, 110])]))
     assert "would lie inside as [x1, y1, x2, y2]" in dataset.problems[-1].message
+    repaired = "1 box clipped to its image, 1 annotation file whose boxes seem to be of another form"
+    assert dataset.repaired() == repaired
 
 
 def test_usual_boxes_are_not_doubted(write_coco: Callable[..., Path]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -240,6 +242,30 @@ def test_no_object_is_an_error(voc_folder: FolderFactory) -> None:
     dataset = open_dataset(folder, "empty", class_names=NAMES)
     with pytest.raises(RefineDetError, match="no object"):
         evaluate_detections(dataset, [Detections.empty(NAMES, (96, 64))], "coco")
+
+
+def test_more_than_half_repaired_is_an_error(voc_folder: FolderFactory, caplog: pytest.LogCaptureFixture) -> None:
+    folder = voc_folder(images=6, class_names=NAMES)
+    dataset = open_dataset(folder, "trainval", class_names=NAMES)
+    objects = sum(len(record.labels) for record in dataset.records)
+    stated = {path: path.read_text() for path in sorted((folder / "Annotations").iterdir())}
+
+    def write_with_swapped_sides(count: int) -> None:
+        left = itertools.count()
+
+        def swap(match: re.Match[str]) -> str:
+            return f"<xmin>{match[3]}</xmin>{match[2]}<xmax>{match[1]}</xmax>" if next(left) < count else match[0]
+
+        for path, text in stated.items():
+            path.write_text(re.sub(r"<xmin>(.*?)</xmin>(.*?)<xmax>(.*?)</xmax>", swap, text))
+
+    write_with_swapped_sides(objects // 2)
+    half = open_dataset(folder, "trainval", class_names=NAMES)
+    assert evaluate(ToldDetector(right_answers(half), NAMES), folder, split="trainval").images == 6
+    assert f"{objects // 2} boxes with swapped corners dropped" in caplog.text
+    write_with_swapped_sides(objects // 2 + 1)
+    with pytest.raises(RefineDetError, match=f"{objects // 2 + 1} of {objects} objects had to be repaired or left out"):
+        evaluate(ToldDetector([], NAMES), folder, split="trainval")
 
 
 def test_only_ignored_objects_is_an_error(voc_folder: FolderFactory) -> None:

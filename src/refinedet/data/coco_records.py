@@ -12,10 +12,10 @@ from refinedet.data.coco_document import Categories, Document, as_id, as_side
 from refinedet.data.image_paths import ImageFinder, is_below
 from refinedet.data.masks import box_of_segmentation
 from refinedet.data.problems import (
+    BOX_FORM,
     LISTED_TWICE,
     NO_BOX,
     NO_SIZE,
-    PARTS_IGNORED,
     FaultyFileError,
     ProblemLog,
     short_repr,
@@ -226,7 +226,7 @@ class RecordReader:
     def _check_forms(self) -> None:
         fault = self._forms.fault()
         if fault is not None and self._forms.count < _FEW:
-            self._log.note(self._file, fault, PARTS_IGNORED)
+            self._log.note(self._file, fault, BOX_FORM)
         elif fault is not None:
             self._log.fatal(FaultyFileError(self._file, fault))
 

@@ -52,6 +52,12 @@ LABEL_SHARED = ProblemKind(
     "label file read for several images", "label files read for several images", "file", lost=False
 )
 PARTS_IGNORED = ProblemKind("annotation read only in part", "annotations read only in part", "file", lost=False)
+BOX_FORM = ProblemKind(
+    "annotation file whose boxes seem to be of another form",
+    "annotation files whose boxes seem to be of another form",
+    "file",
+    lost=False,
+)
 SPLIT_MISSING = ProblemKind("split that is not there", "splits that are not there", "file")
 REPEATED = ProblemKind("box repeated in its image", "boxes repeated in their images", "object", lost=False)
 UNREADABLE = ProblemKind("image that cannot be read", "images that cannot be read", "image")

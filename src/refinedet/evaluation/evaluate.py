@@ -29,6 +29,7 @@ from refinedet.evaluation.sharing import check_class_names, share_classes
 from refinedet.provenance import Provenance
 from refinedet.sources import decode_ahead
 from refinedet.text import printable
+from refinedet.training.data_check import require_few_repairs
 
 if TYPE_CHECKING:
     from refinedet.detections import Detections
@@ -89,8 +90,8 @@ def evaluate(
         The report; ``report["mAP"]`` is in 0..1.
 
     Raises:
-        RefineDetError: a file of the data is bad, no object is there to evaluate against, or the classes of model and
-            data differ (with ``shared_classes``: have nothing in common).
+        RefineDetError: a file of the data is bad, most of it had to be repaired, no object is there to evaluate
+            against, or the classes of model and data differ (with ``shared_classes``: have nothing in common).
         UsageError: an unknown metric, a missing folder, a batch size, limit or number of threads below 1, or
             multi-scale testing of a model of another size.
 
@@ -116,6 +117,7 @@ def evaluate(
         dataset = open_evaluation_data(
             data, split, detector, shared_classes=shared_classes, allow_outside=allow_outside
         )
+        require_few_repairs(dataset)  # Of a dataset that was made smaller the repairs may be those of other images.
     runner, passes = _at_scales(detector, metric, batch_size) if multi_scale else (detector, ())
     left_out = None
     if shared_classes:
