@@ -22,9 +22,11 @@ from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import ImageSource
+from refinedet.loading import load_detector
 from refinedet.model.postprocess import postprocess
 from refinedet.preprocess import preprocess
 from refinedet.presets import PRESETS
+from refinedet.weights.store import open_weights
 
 CONFIG = ModelConfig(
     backbone="resnet18", num_classes=2, image_size=(64, 128), tcb_channels=8, tcb_batch_norm=True,
@@ -189,6 +191,18 @@ def test_names_that_stand_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "weights.pth").write_bytes(b"x")
     with pytest.raises(UsageError, match="give the folder"):
         RefineDet.from_pretrained(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("ending", ["", ".onnx"])
+def test_paths_that_no_system_takes(model: RefineDet, ending: str) -> None:
+    for name, message in (
+        ("~nosuch-user/x", "no user of that name"),
+        ("n" * 300, "a name of"),
+        ("a/" * 2100, "a path"),
+    ):
+        for use in (RefineDet.from_pretrained, load_detector, model.save_pretrained, open_weights):
+            with pytest.raises(UsageError, match=message):
+                use(name + ending)
 
 
 def test_a_hub_id_is_asked_of_the_hub(model: RefineDet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def test_user_path_expands_home(monkeypatch: pytest.MonkeyPatch) -> None:
         ("~nosuch-user/x", r"no user of that name; write \./~nosuch-user/x"),
         ("a/" + "b" * 256 + "/c", "a name of 256 bytes"),
         ("ä" * 128, "a name of 256 bytes"),
+        ("a/" * 2048 + "b", "a path of 4097 bytes"),
         ("a\0b", "NUL"),
         ("a\ud800b", "surrogate"),
     ],

@@ -17,6 +17,7 @@ from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
 from refinedet.detections import Detections
 from refinedet.device import pick_device
 from refinedet.errors import UsageError
+from refinedet.files import user_path
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
@@ -272,7 +273,7 @@ class RefineDet:
         Raises:
             RefineDetError: the folder cannot be written to or the disk is full.
         """
-        target = Path(folder).expanduser()
+        target = user_path(folder)
         state = {
             name: tensor.detach().cpu().contiguous().to(torch.float16 if half and tensor.ndim == 4 else tensor.dtype)
             for name, tensor in self.network.state_dict().items()

@@ -279,6 +279,17 @@ def mosaic(
     return np.asarray(sheet)
 
 
+def check_image_ending(path: Path) -> Path:
+    """``path``, if its ending is one of the encodings in which images are written.
+
+    Raises:
+        UsageError: an ending other than .jpg, .jpeg and .png.
+    """
+    if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise UsageError(f"{path}: images are written as JPEG or PNG; name a .jpg or .png file")
+    return path
+
+
 def write_image(path: Path, pixels: npt.NDArray[np.uint8], signature: str) -> None:
     """Write pixels as a JPEG or PNG file that carries a signature, by which ``files.check_output`` recognises it.
 
@@ -291,9 +302,7 @@ def write_image(path: Path, pixels: npt.NDArray[np.uint8], signature: str) -> No
         UsageError: an ending other than .jpg, .jpeg and .png.
         RefineDetError: the file cannot be written; what it held before is still there.
     """
-    ending = path.suffix.lower()
-    if ending not in (".jpg", ".jpeg", ".png"):
-        raise UsageError(f"{path}: images are written as JPEG or PNG; name a .jpg or .png file")
+    ending = check_image_ending(path).suffix.lower()
 
     def write(part: Path) -> None:
         image = Image.fromarray(pixels)

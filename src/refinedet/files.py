@@ -44,6 +44,7 @@ STANDARD_OUTPUT = Path("-")
 LIST_MARK = " \t\t \t \t\t\n"
 """Last line of the JSON lists that this package writes."""
 _NAME_BYTES = 255  # longest name of a file or folder on the common file systems
+_PATH_BYTES = 4095  # longest path that Linux takes, without the zero at its end; others take less and say so
 _PART_FILE = re.compile(r"\.(?P<name>.*)\.[^.]{8}\.part", re.DOTALL)
 _FULL = {
     errno.ENOSPC: "disk full",
@@ -56,7 +57,7 @@ def user_path(text: str | Path) -> Path:
     """The path that a user means: ``~`` and ``~name`` are expanded.
 
     Raises:
-        UsageError: an empty text, an unknown user, a NUL character, or a name that is longer than 255 bytes.
+        UsageError: an empty text, an unknown user, a NUL character, a name above 255 bytes or a path above 4,095.
     """
     if not str(text):
         raise UsageError("an empty text is not a path")
@@ -73,6 +74,8 @@ def user_path(text: str | Path) -> Path:
     if len(longest) > _NAME_BYTES:
         shown = os.fsdecode(longest[:40])
         raise UsageError(f"{shown}...: a name of {len(longest)} bytes; file systems take {_NAME_BYTES}")
+    if (size := len(os.fsencode(path))) > _PATH_BYTES:
+        raise UsageError(f"{str(path)[:40]}...: a path of {size} bytes; the system takes {_PATH_BYTES}")
     return path
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refinedet.errors import UsageError
+from refinedet.files import user_path
 from refinedet.runtime import SUFFIXES, Runtime
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def load_detector(name: str | Path, *, device: str = "auto") -> RefineDet | Runt
         UsageError: nothing of that name, or an exported file on another device.
         RefineDetError: a file is damaged or does not fit its configuration.
     """
-    if Path(name).suffix.lower() in SUFFIXES and not Path(name).is_dir():
+    path = user_path(name)
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
         if device not in ("auto", "cpu"):
             raise UsageError(f"{name}: exported models run on the CPU here, not on '{device}'")
         return Runtime(name)

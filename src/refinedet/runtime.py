@@ -21,6 +21,7 @@ from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
 from refinedet.dataclass_json import from_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import user_path
 from refinedet.model.padded import PaddedArrays, unpad
 from refinedet.prediction import predict_ahead
 from refinedet.preprocess import resize
@@ -71,7 +72,7 @@ class Runtime:
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None, precision: str = "f32") -> None:
-        file = Path(path).expanduser()
+        file = user_path(path)
         if file.suffix.lower() not in SUFFIXES:
             raise UsageError(f"{file}: an exported model ends in .onnx or .xml")
         if not file.is_file():

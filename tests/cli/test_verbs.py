@@ -136,6 +136,11 @@ def test_inspect(
     assert "000001.jpg" in output.out
     assert output.err == ""
     assert "nowhere" in refused(["inspect", "nowhere"])
+    for sheet in ("sheet.txt", "/dev/null"):
+        assert cli.main(["inspect", str(data), "--mosaic", sheet]) == 2
+        output = capsys.readouterr()
+        assert "name a .jpg or .png file" in output.err
+        assert output.out == ""  # said before the work, not after it
 
 
 def test_images_outside_of_the_data_are_read_only_where_it_is_allowed(

@@ -294,9 +294,12 @@ def inspect(
     names = class_names_in(class_names)
 
     from refinedet.data.health import MOSAIC_SIGNATURE, inspect_dataset
+    from refinedet.draw import check_image_ending
 
     path = user_path(data)
-    sheet = None if mosaic is None else check_output(user_path(mosaic), inputs=[path], ours=MOSAIC_SIGNATURE)
+    sheet = None if mosaic is None else check_image_ending(user_path(mosaic))
+    if sheet is not None:
+        check_output(sheet, inputs=[path], ours=MOSAIC_SIGNATURE)
     with ProgressBar("inspecting") as bar:
         health = inspect_dataset(path, split=split, class_names=names, allow_outside=allow_outside, progress=bar)
     say(health.render())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import user_path
 from refinedet.model.network import RefineDetNetwork
 from refinedet.weights.formats import (
     ANCHORS_PER_CELL,
@@ -185,7 +186,7 @@ def import_card(imported: Imported, path: str | Path, class_names: Sequence[str]
     Raises:
         RefineDetError: the file cannot be read.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import refinedet.weights
 from refinedet.config import ModelConfig
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.files import user_path
 from refinedet.model.backbones import RESNETS, create_timm
 from refinedet.model.network import RefineDetNetwork
 from refinedet.weights.caffemodel import read_caffemodel
@@ -64,7 +65,7 @@ def find_model(name: str | Path) -> Path:
         return bundled
     if text.startswith(HUB_PREFIX):
         return _download(text.removeprefix(HUB_PREFIX))
-    path = Path(name).expanduser()
+    path = user_path(name)
     for folder in (path, path / "best", path / "last"):
         # Whoever writes a model renames the folder that it replaces; a kill at that moment leaves it under this name.
         for whole in (folder, previous_folder(folder)):
@@ -170,7 +171,7 @@ def open_weights(path: str | Path) -> WeightFile:
     Raises:
         RefineDetError: missing, cut, corrupt, of another kind, or with tensors that are not plain numbers.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
         with file.open("rb") as stream:
             head = stream.read(16)
