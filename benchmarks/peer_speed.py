@@ -1,4 +1,4 @@
-"""Seconds per picture, network and post-processing, beside torchvision's SSD300-VGG16 in the same run.
+"""Seconds per image, network and post-processing, beside torchvision's SSD300-VGG16 in the same run.
 
 The two take turns, so that a machine that slows down slows both; the ratio is taken pair by pair. Weights are random: a
 convolution costs the same with any, and thresholds are set so that both post-processings are busy.
@@ -24,7 +24,7 @@ from refinedet.presets import PRESETS
 
 
 def refinedet(preset: str, device: str) -> Callable[[], object]:
-    """One picture through a RefineDet with random weights."""
+    """One image through a RefineDet with random weights."""
     config = dataclasses.replace(PRESETS[preset].model, inference=InferenceConfig(score_threshold=0.01))
     model = RefineDet(config).to(device)
     image = torch.randn(1, 3, *config.image_size, device=device).contiguous(memory_format=torch.channels_last)
@@ -33,7 +33,7 @@ def refinedet(preset: str, device: str) -> Callable[[], object]:
 
 
 def peer(device: str) -> Callable[[], object]:
-    """One picture through torchvision's SSD300, its own resizing included (the picture has the right size)."""
+    """One image through torchvision's SSD300, its own resizing included (the image has the right size)."""
     model = ssd300_vgg16(weights=None, weights_backbone=None, score_thresh=0.01).eval().to(device)
     model.to(memory_format=torch.channels_last)
     image = torch.rand(3, 300, 300, device=device)

@@ -118,7 +118,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_training(tmp_path: Path, ca
         loggers.log(2, {"loss": 1})
     assert stream.getvalue().count("iteration") == 2
     assert caplog.messages == [
-        f"{tmp_path / 'metrics.csv'}: cannot be written (disk full); the training goes on without this log"
+        f"{tmp_path / 'metrics.csv'}: cannot be written (disk full); the training continues without this log"
     ]
 
 

@@ -107,5 +107,5 @@ def test_the_picture_is_left_alone() -> None:
     ],
 )
 def test_what_is_no_picture_is_refused(image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="picture must"):
+    with pytest.raises(ValueError, match="image must"):
         resize(image, 8, 8)

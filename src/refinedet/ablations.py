@@ -59,7 +59,7 @@ def ablate(
 ) -> dict[str, float]:
     """Train and evaluate the variants one after the other; what is done already is not done again.
 
-    All have the preset's schedule, data, seed and backbone weights. A run that was stopped goes on where it was.
+    All have the preset's schedule, data, seed and backbone weights. A run that was stopped continues where it was.
 
     Args:
         preset: model and training of the full variant; needs a split to evaluate on.
@@ -94,7 +94,7 @@ def train_variants(
 ) -> dict[str, float]:
     """Train and evaluate presets one after the other, each in a folder of its name, and say which one runs.
 
-    Called again, it goes on in the run that was stopped; those that are finished are only looked up.
+    Called again, it continues the run that was stopped; those that are finished are only looked up.
 
     Returns:
         mAP in 0..1 by name.

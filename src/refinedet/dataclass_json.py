@@ -1,4 +1,4 @@
-"""Dataclasses as JSON files and back, with one clear line for a bad file; the form of every config.json.
+"""Dataclasses as JSON files and back, with one clear line for a bad file; the format of every config.json.
 
 Standard library only.
 """

@@ -149,7 +149,7 @@ class Detections:
         return replace(self, boxes=self.boxes[chosen], scores=self.scores[chosen], labels=self.labels[chosen])
 
     def __add__(self, other: Detections) -> Detections:
-        """These detections, then the others, of the same image and classes; they are not sorted anew."""
+        """These detections, then the others, of the same image and classes; they are not sorted again."""
         if not isinstance(other, Detections):
             return NotImplemented
         if (self.class_names, self.image_size) != (other.class_names, other.image_size):
@@ -222,7 +222,7 @@ class Detections:
         return "\n".join(lines)
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """The COCO results form: boxes as x, y, width, height in pixels.
+        """The COCO results format: boxes as x, y, width, height in pixels.
 
         Args:
             image_id: Id of the image in the annotation file.
@@ -310,7 +310,7 @@ class Detections:
         """A copy of the image with these detections on it; very small images are enlarged.
 
         Args:
-            image: the image, in any form that ``RefineDet.predict`` takes; by default ``source`` is read again.
+            image: the image, of any kind that ``RefineDet.predict`` takes; by default ``source`` is read again.
             line_width: thickness of the outlines in pixels; by default it follows the size of the image.
             labels: whether names and scores are written.
             font: font file for the names; by default one that has their letters.

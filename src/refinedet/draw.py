@@ -37,7 +37,7 @@ _LEAST_LETTERS = 4
 
 
 def class_color(label: int) -> tuple[int, int, int]:
-    """The colour of a class, the same in every picture and every run.
+    """The colour of a class, the same in every image and every run.
 
     Hues advance by the golden angle, so that neighbouring labels are far apart and no two of the first hundreds
     coincide; every seventh round is darker, which separates hues that come close.

@@ -299,7 +299,7 @@ def _flush_folder(folder: Path) -> None:
 def open_stream(path: Path) -> Iterator[IO[bytes]]:
     """A stream to write to: standard output for "-", else the file, truncated; nothing is renamed.
 
-    For pipes and devices, and for files that grow as the work goes on, such as JSON Lines.
+    For pipes and devices, and for files that grow during the work, such as JSON Lines.
     """
     if path == STANDARD_OUTPUT or (path.exists() and _is_standard_output(os.stat(path))):
         sys.stdout.flush()

@@ -50,7 +50,7 @@ class LoggerGroup:
             try:
                 logger.log(step, values)
             except (RefineDetError, OSError) as error:
-                _LOG.warning("%s; the training goes on without this log", error)
+                _LOG.warning("%s; the training continues without this log", error)
                 self.loggers = tuple(other for other in self.loggers if other is not logger)
 
     def progress(self, title: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The one path from a picture to network input, shared by evaluation, prediction and exported models. No torch."""
+"""The one path from an image to network input, shared by evaluation, prediction and exported models. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ByteArray = npt.NDArray[np.uint8]
 
 
 def preprocess(image: ByteArray, config: ModelConfig, size: tuple[int, int] | None = None) -> FloatArray:
-    """Warp a picture to the network's size and normalise it.
+    """Warp an image to the network's size and normalise it.
 
     Args:
         image: (H, W, 3) uint8, RGB.
@@ -26,7 +26,7 @@ def preprocess(image: ByteArray, config: ModelConfig, size: tuple[int, int] | No
         (3, height, width) float32, contiguous.
 
     Raises:
-        ValueError: the picture has another shape or type.
+        ValueError: the image has another shape or type.
     """
     height, width = size or config.image_size
     return normalize(resize(image, height, width, config.resize), config)
@@ -39,9 +39,9 @@ def resize(image: ByteArray, height: int, width: int, law: str = "bilinear") -> 
     ``F.interpolate`` do, and keeps fractions. "antialias" averages over the area that a pixel covers (Pillow).
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"a picture must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
+        raise ValueError(f"an image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
     if min(image.shape[:2]) == 0:
-        raise ValueError("a picture must have pixels")
+        raise ValueError("an image must have pixels")
     if law == "antialias":
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(resized, dtype=np.float32)

@@ -144,7 +144,7 @@ PRESETS: dict[str, Preset] = {
     "voc07-320-resnet18": Preset(
         model=_LIGHT,
         # Chosen by trials on a part of train (docs/results.md): AdamW, a backbone that hardly moves away from ImageNet,
-        # fewer tiny objects, and mosaics, which show more objects per picture.
+        # fewer tiny objects, and mosaics, which show more objects per image.
         train=TrainConfig(
             iterations=11_200,
             batch_size=16,

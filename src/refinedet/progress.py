@@ -46,7 +46,7 @@ class ProgressBar:
     Args:
         title: What is done, one word.
         total: How much there is to do; None as long as it is not known.
-        done: How much of it was done before, for a run that goes on.
+        done: How much of it was done before, for a resumed run.
         stream: Where to show it; standard error by default. A stream that is no terminal shows nothing.
         keep: Whether the last state stays on the screen.
 

@@ -193,7 +193,7 @@ def test_what_went_wrong_in_a_log_is_one_warning(
     preset = tiny(iterations=3, log_every=1, evaluate_split="none")
     run = train(preset, voc_folder(), out=tmp_path / "run", init_weights="random", device="cpu", loggers=[Broken()])
     assert run.finished
-    assert caplog.text.count("No space left on device; the training goes on without this log") == 1
+    assert caplog.text.count("No space left on device; the training continues without this log") == 1
 
 
 def test_worker_processes_do_not_change_the_outcome(voc_folder: FolderFactory, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_classes_without_a_counterpart_start_anew() -> None:
     assert transfer.carried == (("cat", "cat"),)
     assert transfer.new == ("unicorn",)
     assert transfer.dropped == ("dog", "cow")
-    assert transfer.summary() == "1 classes carried over: cat; 1 start anew: unicorn"
+    assert transfer.summary() == "1 classes carried over: cat; 1 start from random weights: unicorn"
 
 
 def test_frozen_and_learned_norms_can_start_from_each_other() -> None:
@@ -131,7 +131,7 @@ def test_training_starts_from_carried_classes(
     assert lines[0] == f"init: mean as {tmp_path / 'start'} has them"
     assert lines[1].startswith("init: 2 classes carried over: ")
     assert "sofa (from couch)" in lines[1]
-    assert lines[1].endswith("; 1 start anew: gnu")
+    assert lines[1].endswith("; 1 start from random weights: gnu")
 
 
 def test_two_places_to_start_from_are_refused(voc_folder: FolderFactory, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def _init_weights(given: str) -> Path | str:
 
 
 def _trained(run_folder: Path) -> int:
-    # Under torchrun every process comes by here; one of them speaks.
+    # Under torchrun every process reaches this line; only one prints.
     if _is_first_process():
         say(f"trained: {run_folder}  (try: refinedet predict {run_folder} photo.jpg --save drawn)")
     return 0
@@ -230,7 +230,7 @@ def ablate(
     All have the same data, schedule, seed and weights to start from.
 
     The flags are those of refinedet train; a preset may come first (default: voc07-320-vgg16). Each variant has its
-    run folder in --out. The same command given again goes on where it was stopped, and prints the table at the end.
+    run folder in --out. The same command given again continues where it was stopped, and prints the table at the end.
 
     Args:
         preset: Where the defaults come from; `refinedet models` lists the presets.

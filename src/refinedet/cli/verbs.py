@@ -168,7 +168,7 @@ def compare(first: Run, second: Run, /) -> int:
     """Compare two runs: settings, and AP of each class on shared images.
 
     AP is that at an IoU of 0.5, from the detections that the evaluation at the end of each training saved. The
-    intervals (95 %) come from drawing the images anew 500 times.
+    intervals (95 %) come from drawing the images again 500 times.
 
     Args:
         first: A run folder.
@@ -215,7 +215,7 @@ def predict(
         no_labels: Draw the boxes without names and scores.
         font: Font file for the drawn names (default: one that has their letters).
         json: File for the detections as JSON, written at the end; '-' is standard output, without the table.
-        json_format: Our own layout (per image; xyxy boxes, names), or COCO results (one list; x, y, width, height).
+        json_format: refinedet's own format (per image: names, xyxy boxes) or COCO results (list; x, y, width, height).
         coco_images: COCO annotation file from which COCO results take the image ids, by file name (default: the numbers
             in the file names, or 1, 2, 3, ... in the order of the images).
         jsonl: File for the detections as JSON Lines: one line per image, written as soon as it is done; '-' is standard

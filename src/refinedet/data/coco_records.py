@@ -32,7 +32,7 @@ _FLAGS: dict[object, bool] = {0: False, 1: True, None: False, "0": False, "1": T
                               "true": True, "no": False, "yes": True}  # fmt: skip
 """What ``iscrowd`` may be; a text is compared in lower case. False, True, 0.0 and 1.0 equal 0 and 1."""
 _FEW = 5
-"""Below so many boxes their form is doubted, but not refused."""
+"""Below so many boxes their format is doubted, but not refused."""
 
 Entry = dict[str, Any]
 

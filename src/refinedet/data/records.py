@@ -1,4 +1,4 @@
-"""Images with their objects, in one form whatever the files look like; readers fill them through ``RecordBuilder``.
+"""Images with their objects, in one format for all layouts; readers fill them through ``RecordBuilder``.
 
 Boxes are ``(x1, y1, x2, y2)`` in continuous pixel-edge coordinates: a box over an entire image is
 ``(0, 0, width, height)``. See docs/conventions.md. Nothing here needs torch.

@@ -27,7 +27,7 @@ from refinedet.text import printable
 from refinedet.training.run import REPORT_FOLDER
 
 SAMPLES = 500
-"""Times that the images are drawn anew for the intervals."""
+"""Number of times that the images are drawn again for the intervals."""
 _Floats = npt.NDArray[np.float64]
 
 

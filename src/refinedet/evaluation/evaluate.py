@@ -78,7 +78,7 @@ def evaluate(
         threshold: drop detections that score less. Default: keep what the model's post-processing keeps
             (``config.inference.score_threshold``); anything higher costs average precision.
         multi_scale: multi-scale testing with flips and box voting (``evaluation.multiscale``): the passes of the
-            paper's "+" rows for a model of 320 or 512 pixels, in COCO's form for "coco", else in VOC's. The network
+            paper's "+" rows for a model of 320 or 512 pixels, COCO's for "coco", else VOC's. The network
             sees 32 (VOC) or 40 (COCO) times the pixels of a single scale at 320, 16 or 37 times at 512.
         shared_classes: measure a model on data of other classes, by those that both have
             (``evaluation.sharing.share_classes``). The report has the data's names, in the model's order.

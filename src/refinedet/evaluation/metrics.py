@@ -227,7 +227,7 @@ def coco_average_precision(
 ) -> CocoResult:
     """COCO's twelve numbers for boxes, equal to those of pycocotools, computed by faster-coco-eval.
 
-    Crowd regions swallow detections without counting, as COCO has it. Difficult objects (data in VOC's form) are
+    Crowd regions swallow detections without counting, as COCO has it. Difficult objects (data in VOC layout) are
     treated the same way, since COCO has no such flag.
 
     Args:
@@ -278,7 +278,7 @@ def coco_average_precision(
 
 
 def _annotations(ids: Sequence[int], boxes: Floats, bounds: Integers, labels: Integers) -> list[dict[str, Any]]:
-    """Boxes of all images in COCO's form; image n has those from bound n to bound n + 1."""
+    """Boxes of all images in COCO's format; image n has those from bound n to bound n + 1."""
     image_ids = np.repeat(np.asarray(ids, dtype=np.int64), np.diff(bounds))
     xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
     return [

@@ -141,7 +141,7 @@ class Report(Mapping[str, float]):
         return "\n".join(lines)
 
     def results(self) -> Iterator[dict[str, Any]]:
-        """The detections in COCO's results form: image_id, category_id, bbox (x, y, width, height in pixels), score.
+        """The detections in COCO's results format: image_id, category_id, bbox (x, y, width, height in pixels), score.
 
         Where the data has no category ids, category_id is the label, 0..C-1.
         """
@@ -167,7 +167,7 @@ class Report(Mapping[str, float]):
         return content
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``report.json``, ``detections.json`` (COCO's results form) and ``per_class.csv`` into a folder.
+        """Write ``report.json``, ``detections.json`` (COCO's results format) and ``per_class.csv`` into a folder.
 
         Args:
             folder: made if it does not exist; files of those names in it are replaced.

@@ -1,4 +1,4 @@
-"""How the detections of a report were made, as a dataclass with a JSON form."""
+"""How the detections of a report were made, as a dataclass that can be saved as JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Greedy non-maximum suppression within each class (paper, section 4 "Inference").
 
-Three forms with one outcome: torchvision's operator label by label on a CPU, whole batches until nothing changes on
-other devices, and a fixed number of rounds for exported graphs.
+Three implementations with one outcome: torchvision's operator label by label on a CPU, whole batches until nothing
+changes on other devices, and a fixed number of rounds for exported graphs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Training batches: an endless, seeded order of pictures, each augmented by a random state of its own.
+"""Training batches: an endless, seeded order of images, each augmented by a random state of its own.
 
-What picture number n of a training is, and how it is augmented, depends on the seed and n alone: not on the number of
+What image number n of a training is, and how it is augmented, depends on the seed and n alone: not on the number of
 workers, nor on where a run was stopped. So a resumed run sees what the uninterrupted one would have seen.
 """
 
@@ -54,15 +54,15 @@ class Batch:
     targets: Targets
     """In pixels of ``images``."""
     names: list[str]
-    """File of each picture, for messages."""
+    """File of each image, for messages."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One picture of the endless order."""
+    """One image of the endless order."""
 
     number: int
-    """Position in the training: picture ``number`` belongs to iteration ``number // batch_size``."""
+    """Position in the training: image ``number`` belongs to iteration ``number // batch_size``."""
     index: int
     """Index in the data set."""
     side: tuple[int, int]
@@ -75,7 +75,7 @@ class EndlessOrder(Sampler[list[Draw]]):
     Where a pass does not divide by the processes, shares differ by one image. What image n is never depends on them.
 
     Args:
-        length: pictures in the data set.
+        length: images in the data set.
         config: batch size, accumulation, seed, size schedule.
         image_size: height and width of the input where the schedule says nothing.
         start: first iteration.
@@ -126,22 +126,22 @@ class EndlessOrder(Sampler[list[Draw]]):
 
 
 Sample = tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]
-"""(H, W, 3) uint8 picture, (G, 4) boxes in its pixels, (G,) labels, file."""
+"""(H, W, 3) uint8 image, (G, 4) boxes in its pixels, (G,) labels, file."""
 
 
 class _Loaded(NamedTuple):
     """A batch as it comes from a loading process.
 
-    Only the pictures are a tensor: for each tensor the trainer has to ask that process for its memory, and waits until
+    Only the images are a tensor: for each tensor the trainer has to ask that process for its memory, and waits until
     the process finds time to answer. Arrays come along by value.
     """
 
     images: Tensor
     """As in ``Batch``."""
     boxes: list[npt.NDArray[np.float32]]
-    """(G, 4) of each picture."""
+    """(G, 4) of each image."""
     labels: list[npt.NDArray[np.int64]]
-    """(G,) of each picture."""
+    """(G,) of each image."""
     names: list[str]
     """As in ``Batch``."""
 
@@ -152,7 +152,7 @@ class _Loaded(NamedTuple):
 
 
 class AugmentedPictures(Dataset[Sample | RefineDetError]):
-    """Loads and augments one picture per draw.
+    """Loads and augments one image per draw.
 
     A file that cannot be read is returned as its error, not raised: the data loader would wrap what a worker raises
     into a traceback, and the user is to see one line.
@@ -181,7 +181,7 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
             return RefineDetError(str(error))
 
     def _input(self, rng: np.random.Generator, index: int, size: tuple[int, int]) -> Sample:
-        """A mosaic that begins with that picture, or the picture alone."""
+        """A mosaic that begins with that image, or the image alone."""
         if self.augment.mosaic_probability and rng.random() < self.augment.mosaic_probability:
             return self._mosaic(rng, index, size)
         return self._augmented(rng, index, size, self.augment)
@@ -214,7 +214,7 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
         return image
 
     def _mosaic(self, rng: np.random.Generator, index: int, size: tuple[int, int]) -> Sample:
-        """That picture and three others, each in a tile of its own; the first names the sample."""
+        """That image and three others, each in a tile of its own; the first names the sample."""
         augment = dataclasses.replace(self.augment, expand_probability=0.0)
         tiles = sample_mosaic(rng, size)
         indices = [index, *(int(i) for i in rng.integers(len(self.dataset), size=3))]
@@ -230,7 +230,7 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
         return canvas, torch.cat(boxes), torch.cat(labels), names[0]
 
     def collate(self, items: list[Sample | RefineDetError]) -> _Loaded | RefineDetError:
-        """Stack pictures; the first error instead, if there is one."""
+        """Stack images; the first error instead, if there is one."""
         samples: list[Sample] = []
         for item in items:
             if isinstance(item, RefineDetError):

@@ -1,4 +1,4 @@
-"""The model card: README.md beside the weights, in the form that model hubs read."""
+"""The model card: README.md beside the weights, in the format that model hubs read."""
 
 from __future__ import annotations
 

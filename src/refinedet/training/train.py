@@ -80,7 +80,7 @@ class Run:
     losses: dict[str, float]
     """Means of the last logged iterations."""
     finished: bool = True
-    """False if it was asked to stop early; then there is no report, and ``resume`` goes on."""
+    """False if it was asked to stop early; then there is no report, and ``resume`` continues."""
 
 
 def train(
@@ -128,8 +128,8 @@ def train(
         minutes: the same; the time of the first iterations gives the number of iterations.
         device: "cpu", "cuda" or "auto".
         init: a model to start from instead of ImageNet weights (see ``RefineDet.from_pretrained``). Classes are
-            carried over by name (see ``weights.transfer``), others start anew; what was done is printed. Mean, std,
-            channel order and the like come from the model, whatever the preset says. By default what the preset says.
+            carried over by name (see ``weights.transfer``), the others start from random weights.
+            Mean, std, channel order and the like come from the model. By default what the preset says.
         network: makes a network of your own from the model's configuration; it starts with the weights it is made with,
             or from ``init``. See examples/own_backbone.py.
         criterion: makes a loss of your own; see ``training.trainer.Criterion``.
@@ -293,7 +293,7 @@ def _go_on(
         changes = describe_changes(_recorded_images(folder, "train"), image_digests(data.train, config.data))
         raise RefineDetError(
             f"{folder.path}: the data has changed since this run began: {changes or 'its order or its class names'}; "
-            f"restore it, or begin anew with --init {folder.path} and another --out"
+            f"restore it, or start a new run with --init {folder.path} and another --out"
         )
     if config.init_weights == OWN_NETWORK:
         raise UsageError(f"{folder.path}: trains a network of its caller's own, which cannot be made again here")

@@ -299,7 +299,7 @@ class Trainer:
         if losses["total"] > LARGEST_GROWTH * max(1.0, self.first_loss):
             raise RefineDetError(
                 f"the loss of iteration {number} is {losses['total']:.4g} and began with {self.first_loss:.4g}: "
-                f"the learning rate has ruined the weights; {advice} Begin anew, in another --out"
+                f"the learning rate has ruined the weights; {advice} Start a new run in another --out"
             )
 
     def _check_weights(self) -> None:

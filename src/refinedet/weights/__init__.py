@@ -1,4 +1,4 @@
-"""Weights that ship in the box: one folder each with model.safetensors, config.json and README.md."""
+"""Bundled weights: one folder each with model.safetensors, config.json and README.md."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _HERE = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Names of the models in the box."""
+    """Names of the bundled models."""
     return sorted(folder.name for folder in _HERE.iterdir() if (folder / "model.safetensors").is_file())
 
 
 def folder_of(name: str) -> Path | None:
-    """Folder of the model in the box of that name, None if there is none."""
+    """Folder of the bundled model of that name, None if there is none."""
     return _HERE / name if name in names() else None
 
 

@@ -1,4 +1,4 @@
-"""Weights of other programs, made into ours: the official Caffe models, two PyTorch ports, ImageNet backbones.
+"""Weights of other programs, converted: the official Caffe models, two PyTorch ports, ImageNet backbones.
 
 What a file is shows in its keys (``formats.py``). ``fit`` compares its header with the network before any number is
 read; ``Fitted.fill`` then puts the numbers where they belong. ``refinedet convert`` and ``--init-weights`` both come
@@ -78,7 +78,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Imported:
-    """Weights of another program as ours."""
+    """Converted weights of another program."""
 
     network: RefineDetNetwork
     """In evaluation mode, on the CPU."""

@@ -41,10 +41,10 @@ class Transfer:
     """Classes of the old model that the new one does not have."""
 
     def summary(self) -> str:
-        """One line: which classes were carried over, and which start anew."""
+        """One line: which classes were carried over, and which start from random weights."""
         names = ", ".join(name if name == old else f"{name} (from {old})" for name, old in self.carried)
         line = f"{len(self.carried)} classes carried over" + (f": {names}" if names else "")
-        line += f"; {len(self.new)} start anew" + (f": {', '.join(self.new)}" if self.new else "")
+        line += f"; {len(self.new)} start from random weights" + (f": {', '.join(self.new)}" if self.new else "")
         return line
 
 
@@ -62,7 +62,7 @@ def transfer_classes(
     """The weights of a detector of ``start_names`` for a network of ``names``.
 
     Args:
-        state: tensors of the new network; read for the rows of classes that start anew and for batch norm's counters,
+        state: tensors of the new network; read for classes without a counterpart and for batch norm's counters,
             which frozen norms do not have.
         start_state: tensors of the old one.
         names: classes of the new network, in label order.
