@@ -4,7 +4,8 @@
 
 For every input it is checked that the command ends by itself with exit code 0, 1 or 2 and without a traceback, in less
 than ``--seconds`` and with less than ``--memory`` MB more than an idle process, says at least one line where it fails,
-and changes none of the files that it was given. Inputs that fail are kept in FOLDER with the command and its output.
+and changes none of the files that it was given. A call whose output would replace a foreign file or one of its own
+inputs must fail. Inputs that break a rule are kept in FOLDER with the command and its output.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tests.fuzz.inputs import BUILDERS
+from tests.fuzz.calls import CALLS
+from tests.fuzz.inputs import FILES
+from tests.fuzz.material import LARGE, MODULES_FILE
 
-PRELOADED = ("refinedet.cli", "refinedet.data.augment", "refinedet.evaluation.page", "refinedet.training.trainer")
+BUILDERS = {**FILES, **CALLS}
+REFUSED = ("outputs",)
+"""Kinds of which every input must be refused."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,12 @@ def digests(folder: Path) -> dict[str, str]:
         folders[:] = [name for name in folders if not (Path(parent) == folder and name.startswith("out"))]
         for name in names:
             path = os.path.join(parent, name)
-            if stat.S_ISREG(os.lstat(path).st_mode) and not name.startswith("out"):
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode) or name.startswith("out"):
+                continue
+            if status.st_size > LARGE:
+                found[os.path.relpath(path, folder)] = f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+            else:
                 with open(path, "rb") as stream:
                     found[os.path.relpath(path, folder)] = hashlib.sha1(stream.read()).hexdigest()
     return found
@@ -133,9 +143,11 @@ def try_input(
         before = digests(folder)
         code, seconds, megabytes, errors = run_isolated(arguments, folder, limits[0])
         fault = judge(code, seconds, megabytes, errors, limits)
+        if kind in REFUSED and code == 0:
+            fault = fault or "was not refused"
         after = digests(folder)
         changed = [name for name in before if after.get(name) != before[name]]
-        if changed and kind != "resume":
+        if changed:
             fault = fault or f"changed {changed[0]!r}"
         if fault:
             (folder / "out.command").write_text(repr(arguments) + "\n" + fault + "\n", errors="backslashreplace")
@@ -162,12 +174,13 @@ def run(
     with tempfile.TemporaryDirectory(prefix="hostile-material-") as name:
         material = Path(name)
         # In a process of its own: once autograd has run, a process cannot be forked and train.
-        program = f"from pathlib import Path; from tests.fuzz.inputs import prepare; prepare(Path({name!r}))"
-        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+        program = f"from pathlib import Path; from tests.fuzz.material import prepare; prepare(Path({name!r}))"
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
         import torch
 
-        for module in PRELOADED:  # imported once, not in each of the forked processes
-            importlib.import_module(module)
+        for module in (material / MODULES_FILE).read_text().splitlines():  # once, not in each of the forked processes
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
         torch.set_num_threads(1)
         idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         outcomes = []

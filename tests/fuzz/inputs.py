@@ -1,164 +1,77 @@
-"""Hostile inputs by kind: each builder writes a few files into a folder and returns the arguments of a command.
+"""Hostile files by kind: each builder writes a few files into a folder and returns the arguments of a command.
 
-Valid material (a small model, a run that was stopped) is made once by ``prepare``.
+What a command may write lies in ``folder / "out..."``; all other files must stay as they are.
 """
 
 from __future__ import annotations
 
-import io
+import inspect
 import json
 import os
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from tests.fuzz.mutations import ARGUMENTS, VALUES, mutate_bytes, mutate_json, mutate_words
+from tests.fuzz.material import (
+    COCO,
+    RANDOM_WEIGHTS,
+    ROWS,
+    TINY,
+    XML,
+    YAML,
+    copy_folder,
+    photo,
+    png_of_size,
+    write_coco,
+    write_voc,
+    write_yolo,
+)
+from tests.fuzz.mutations import VALUES, mutate_bytes, mutate_json, mutate_words
+
+from refinedet.cli import training
 
 Builder = Callable[[np.random.Generator, Path, Path], list[str]]
 """(rng, empty folder for the files, folder of the valid material) -> arguments after ``refinedet``."""
-
-XML = """<annotation>
-  <folder>images</folder>
-  <filename>a.jpg</filename>
-  <size><width>96</width><height>64</height><depth>3</depth></size>
-  <object>
-    <name>cat</name>
-    <difficult>0</difficult>
-    <bndbox><xmin>10</xmin><ymin>12</ymin><xmax>60</xmax><ymax>50</ymax></bndbox>
-  </object>
-  <object>
-    <name>dog</name>
-    <bndbox><xmin>1</xmin><ymin>1</ymin><xmax>30</xmax><ymax>40</ymax></bndbox>
-  </object>
-</annotation>
-"""
-YAML = "path: .\ntrain: images/train\nval: images/val\nnc: 2\nnames:\n  0: cat\n  1: dog\n"
-ROWS = "0 0.5 0.5 0.4 0.5\n1 0.3 0.3 0.2 0.2\n"
-COCO = {
-    "info": {"year": 2024},
-    "images": [
-        {"id": 1, "file_name": "a.jpg", "width": 96, "height": 64},
-        {"id": 2, "file_name": "b.jpg", "width": 96, "height": 64},
-    ],
-    "annotations": [
-        {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 12, 40, 30], "area": 1200, "iscrowd": 0},
-        {
-            "id": 2,
-            "image_id": 2,
-            "category_id": 3,
-            "bbox": [1, 1, 30, 30],
-            "area": 900,
-            "iscrowd": 0,
-            "segmentation": [[1, 1, 31, 1, 31, 31, 1, 31]],
-        },
-    ],
-    "categories": [{"id": 1, "name": "cat", "supercategory": "animal"}, {"id": 3, "name": "dog"}],
-}
-
-
-NO_IMAGES = (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>", b"\x00" * 64, b"\xff\xd8\xff")
-
-
-def photo(rng: np.random.Generator, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    """A valid small image file."""
-    pixels = rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, format=kind)
-    return stream.getvalue()
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """A PNG file whose header promises so many pixels, with next to no data."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
-
-
-TINY = "--workers 0 --batch-size 2 --model.image-size 64 64 --model.tcb-channels 8 --init-weights random"
-
-
-def prepare(folder: Path) -> None:
-    """Make a model of 64x64 pixels and a run that has a checkpoint."""
-    import dataclasses
-
-    from refinedet import RefineDet
-    from refinedet.cli import main
-    from refinedet.presets import PRESETS
-
-    torch.set_num_threads(1)
-    config = dataclasses.replace(PRESETS["smoke"].model, image_size=(64, 64), tcb_channels=8, num_classes=2)
-    RefineDet(config, ("cat", "dog")).save_pretrained(folder / "model")
-    write_yolo(np.random.default_rng(0), folder / "data")
-    flags = f"{TINY} --iterations 4 --save-every 2"
-    code = main(["train", "smoke", "--data", str(folder / "data"), "--out", str(folder / "run"), *flags.split()])
-    if code:
-        raise RuntimeError(f"the material could not be made: exit code {code}")
-
-
-def write_voc(rng: np.random.Generator, root: Path) -> list[Path]:
-    """A valid dataset; returns the annotation files."""
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (root / name).mkdir(parents=True)
-    files = []
-    for stem in ("a", "b", "c"):
-        (root / "JPEGImages" / f"{stem}.jpg").write_bytes(photo(rng))
-        file = root / "Annotations" / f"{stem}.xml"
-        file.write_text(XML.replace("a.jpg", f"{stem}.jpg"))
-        files.append(file)
-    (root / "ImageSets/Main/train.txt").write_text("a\nb\n")
-    (root / "ImageSets/Main/test.txt").write_text("c\n")
-    return files
-
-
-def write_yolo(rng: np.random.Generator, root: Path) -> list[Path]:
-    """A valid dataset; returns its yaml and label files."""
-    files = [root / "data.yaml"]
-    for split in ("train", "val"):
-        (root / "images" / split).mkdir(parents=True)
-        (root / "labels" / split).mkdir(parents=True)
-        for stem in ("a", "b"):
-            (root / "images" / split / f"{split}_{stem}.jpg").write_bytes(photo(rng))
-            files.append(root / "labels" / split / f"{split}_{stem}.txt")
-            files[-1].write_text(ROWS)
-    files[0].write_text(YAML)
-    return files
-
-
-def write_coco(rng: np.random.Generator, root: Path) -> Path:
-    """A valid dataset; returns its JSON file."""
-    (root / "annotations").mkdir(parents=True)
-    (root / "train").mkdir()
-    for stem in ("a", "b"):
-        (root / "train" / f"{stem}.jpg").write_bytes(photo(rng))
-    file = root / "annotations" / "instances_train.json"
-    file.write_text(json.dumps(COCO))
-    return file
+NO_IMAGES = (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>", bytes(64), b"\xff\xd8\xff")
 
 
 def _look(rng: np.random.Generator, folder: Path, material: Path, data: Path, split: str) -> list[str]:
     """One of the commands that read a dataset."""
-    kind = int(rng.integers(4))
+    kind = int(rng.integers(6))
+    model, out = str(material / "model"), folder / "out"
     if kind == 0:
-        return ["inspect", str(data)]
+        return ["inspect", str(data), *(["--split", split] if rng.random() < 0.3 else [])]
     if kind == 1:
-        return ["inspect", str(data), "--mosaic", str(folder / "out" / "look.png")]
-    model = str(material / "model")
+        return ["inspect", str(data), "--mosaic", str(out / "look.png")]
     if kind == 2:
-        extra = ["--report", str(folder / "out" / "report")] if rng.random() < 0.3 else []
+        extra = ["--report", str(out / "report")] if rng.random() < 0.5 else []
+        extra += ["--shared-classes"] if rng.random() < 0.3 else []
         return ["evaluate", model, str(data), "--split", split, "--metric", str(rng.choice(["voc07", "coco"])), *extra]
-    out = ["--out", str(folder / "out" / "run"), "--train-split", split, "--evaluate-split", "none"]
-    return ["train", "smoke", "--data", str(data), "--iterations", "1", *TINY.split(), *out]
+    if kind == 3:
+        file = f"submission{rng.choice(['.zip', '.tar.gz', '.json'])}"
+        metric = "coco" if file.endswith("json") else str(rng.choice(["voc07", "coco"]))
+        return ["evaluate", model, str(data), "--split", split, "--metric", metric, "--submission", str(out / file)]
+    splits = ["--train-split", split, "--evaluate-split", "none"]
+    if kind == 4:
+        # The images of a valid dataset are joined with these.
+        return [
+            "train",
+            "smoke",
+            "--data",
+            str(data),
+            str(material / "data"),
+            *RANDOM_WEIGHTS,
+            *_one_iteration(out),
+            *splits,
+        ]
+    return ["train", "smoke", "--data", str(data), *RANDOM_WEIGHTS, *_one_iteration(out), *splits]
+
+
+def _one_iteration(out: Path) -> list[str]:
+    return ["--iterations", "1", *TINY, "--out", str(out / "run")]
 
 
 def voc(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
@@ -240,7 +153,45 @@ def _disturb(rng: np.random.Generator, data: Path) -> None:
         os.rename(victim, os.fsencode(victim.parent) + b"/caf\xe9" + os.fsencode(victim.suffix))
 
 
+def layouts(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
+    """One to three datasets of any layout in one folder, of which pieces were removed, renamed or moved."""
+    data = folder / "data"
+    data.mkdir()
+    for number in range(int(rng.integers(1, 4))):
+        root = data / str(rng.choice(["", "VOC2007", "coco", "train", "a b", "Data\\set", ".hidden", "été"]))
+        try:
+            (write_voc, write_yolo, write_coco)[int(rng.integers(3))](rng, root)
+        except FileExistsError:
+            (write_voc, write_yolo, write_coco)[int(rng.integers(3))](rng, data / f"part{number}")
+    names = ["images", "labels", "train", "val", "Annotations", "JPEGImages", "ImageSets", "annotations", "x", "a.jpg"]
+    for _ in range(int(rng.integers(0, 5))):
+        paths = [path for path in sorted(data.rglob("*")) if not path.is_symlink()]
+        if not paths:
+            break
+        path = paths[int(rng.integers(len(paths)))]
+        target = path.with_name(str(rng.choice(names)) + (path.suffix if rng.random() < 0.5 else ""))
+        kind = int(rng.integers(6))
+        if kind == 0:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif kind < 3 and not target.exists():
+            path.rename(target)
+        elif kind == 3 and not (data / path.name).exists():
+            path.rename(data / path.name)
+        elif kind == 4 and not target.exists():
+            target.symlink_to(path)
+        elif path.is_file():
+            (path.parent / f"{path.stem}{rng.choice(['.txt', '.xml', '.json', '.yaml', '.png'])}").write_bytes(
+                (ROWS, XML, json.dumps(COCO), YAML, "")[int(rng.integers(5))].encode()
+            )
+    split = str(rng.choice(["train", "val", "test", "all", "trainval", "train[:50%]"]))
+    if rng.random() < 0.1:
+        (folder / "a.jpg").write_bytes(photo(rng))
+        return ["predict", str(material / "model"), str(data), "--recursive", "--save", str(folder / "out" / "drawn")]
+    return _look(rng, folder, material, data, split)
+
+
 def images(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
+    """Damaged, huge and odd images and names, and annotation files that say their ids."""
     target = folder / "photos"
     target.mkdir()
     kinds = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -260,26 +211,41 @@ def images(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
             sides = (0, 1, 2, 64, 10_000, 30_000, 2**31 - 1)
             file.write_bytes(png_of_size(int(rng.choice(sides)), int(rng.choice(sides))))
         elif choice == 5:
-            file.write_bytes(
-                bytes([b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>", b"\x00" * 64][number % 4])
-            )
+            file.write_bytes(NO_IMAGES[int(rng.integers(len(NO_IMAGES)))])
         elif choice == 6:
             os.mkfifo(file)
         else:
             with open(os.fsencode(target) + b"/\xff\x1b[1m%d.png" % number, "wb") as stream:
                 stream.write(data)
+    out = folder / "out"
     arguments = ["predict", str(material / "model"), str(target), "--threshold", "0.01"]
     if rng.random() < 0.5:
-        arguments += ["--save", str(folder / "out" / "drawn")]
-    if rng.random() < 0.5:
-        arguments += ["--json", str(folder / "out" / "found.json")]
-        arguments += ["--json-format", "coco"] if rng.random() < 0.5 else []
+        arguments += ["--save", str(out / "drawn")]
+    if rng.random() < 0.4:
+        arguments += ["--json", str(out / "all.json")]
+        if rng.random() < 0.5:
+            arguments += ["--json-format", "coco"]
+            if rng.random() < 0.5:
+                document = {**COCO, "images": [{"id": 7, "file_name": file.name} for file in target.iterdir()]}
+                (folder / "ids.json").write_bytes(mutate_json(rng, document))
+                arguments += ["--coco-images", str(folder / "ids.json")]
+    if rng.random() < 0.3:
+        arguments += ["--jsonl", str(rng.choice([str(out / "lines.jsonl"), "-"]))]
+    if rng.random() < 0.2:
+        arguments += ["--max-pixels", str(rng.choice([1, 5000, 2**40]))]
+    if rng.random() < 0.1:
+        import refinedet.fonts
+
+        (folder / "letters.ttf").write_bytes(
+            mutate_bytes(rng, (Path(refinedet.fonts.__file__).parent / "DejaVuSans.ttf").read_bytes())
+        )
+        arguments += ["--font", str(folder / "letters.ttf"), "--save", str(out / "drawn")]
     return arguments
 
 
 def models(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
     model = folder / "model"
-    shutil.copytree(material / "model", model)
+    copy_folder(material / "model", model)
     config = model / "config.json"
     kind = int(rng.integers(4))
     if kind < 2:
@@ -287,14 +253,17 @@ def models(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
     elif kind == 2:
         config.write_bytes(mutate_bytes(rng, config.read_bytes()))
     else:
-        _damage_file(rng, model / "model.safetensors")
+        damage_file(rng, model / "model.safetensors")
     (folder / "a.jpg").write_bytes(photo(rng))
     return ["predict", str(model), str(folder / "a.jpg"), "--json", str(folder / "out.json")]
 
 
-def _damage_file(rng: np.random.Generator, file: Path) -> None:
+def damage_file(rng: np.random.Generator, file: Path) -> None:
     """A change of few bytes in a large file."""
     size = file.stat().st_size
+    content = file.read_bytes()
+    file.unlink()  # it may be a second name of a file of the material
+    file.write_bytes(content)
     with file.open("r+b") as stream:
         kind = int(rng.integers(3))
         if kind == 0:
@@ -347,106 +316,74 @@ def convert(rng: np.random.Generator, folder: Path, material: Path) -> list[str]
     return ["convert", str(file), "--preset", preset, "--out", str(folder / "out")]
 
 
-def resume(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
-    run = folder / "run"
-    shutil.copytree(material / "run", run)
+def _damage_run(rng: np.random.Generator, run: Path) -> None:
+    """One or two files of a run folder removed, changed or cut."""
     files = [file for file in sorted(run.rglob("*")) if file.is_file() and "tensorboard" not in file.parts]
     for _ in range(int(rng.integers(1, 3))):
-        file = files[int(rng.integers(len(files)))]
+        # A run has few JSON files; they decide most.
+        chosen = [file for file in files if file.suffix == ".json"] if rng.random() < 0.5 else files
+        file = chosen[int(rng.integers(len(chosen)))]
         if not file.exists():
             continue
         kind = int(rng.integers(4))
         if kind == 0:
             file.unlink()
-        elif kind == 1:
-            _damage_file(rng, file) if file.stat().st_size else None
-        elif file.suffix == ".json" and kind == 2:
-            file.write_bytes(mutate_json(rng, json.loads(file.read_text())))
+        elif file.suffix == ".json" and kind < 3:
+            try:
+                document = json.loads(file.read_text())
+            except ValueError:
+                continue
+            file.write_bytes(mutate_json(rng, document))
         elif file.stat().st_size < 100_000:
             file.write_bytes(mutate_bytes(rng, file.read_bytes()))
         else:
-            _damage_file(rng, file)
-    return ["train", "--resume", str(run)]
+            damage_file(rng, file)
 
 
-FLAGS: dict[str, tuple[str, ...]] = {
-    "predict": ("--threshold", "--batch-size", "--device", "--save", "--json", "--json-format"),
-    "evaluate": ("--split", "--metric", "--limit", "--batch-size", "--device", "--report", "--submission"),
-    "inspect": ("--split", "--class-names", "--mosaic"),
-    "benchmark": ("--runs", "--warmup", "--threads", "--image", "--device"),
-    "convert": ("--preset", "--out", "--class-names", "--channel-order"),
-    "train": (
-        "--iterations",
-        "--batch-size",
-        "--learning-rate",
-        "--weight-decay",
-        "--gamma",
-        "--momentum",
-        "--seed",
-        "--warmup-iterations",
-        "--gradient-clip-norm",
-        "--ema-decay",
-        "--size-schedule",
-        "--milestones",
-        "--train-split",
-        "--evaluate-split",
-        "--class-names",
-        "--init-weights",
-        "--init",
-        "--device",
-        "--out",
-        "--model.anchor-sizes",
-        "--model.aspect-ratios",
-        "--model.image-size",
-        "--model.std",
-        "--model.mean",
-        "--model.num-classes",
-        "--model.negative-threshold",
-        "--augment.expand-ratio",
-        "--loss.focal-gamma",
-    ),
-}
+def resume(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
+    """A stopped run, damaged, that is to go on; one in six is whole and must reach its end."""
+    run = folder / "out-run"
+    copy_folder(material / str(rng.choice(["stopped", "stopped", "run"])), run)
+    if rng.random() < 0.85:
+        _damage_run(rng, run)
+    extra = []
+    if "iterations" in inspect.signature(training.resume_run).parameters and rng.random() < 0.3:
+        extra = ["--iterations", str(rng.choice(["6", "1", "4", "0"]))]
+    if rng.random() < 0.2:
+        data = folder / "data"
+        files = write_yolo(rng, data)
+        files[1].write_bytes(mutate_bytes(rng, files[1].read_bytes()))
+        extra += ["--data", str(data)]
+    return ["train", "--resume", str(run), *extra]
 
 
-def values(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
-    """Odd values on the command line, over valid files."""
-    data = folder / "data"
-    write_yolo(rng, data)
+def runs(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
+    """A finished run, damaged, that other commands read."""
+    run = folder / "run"
+    copy_folder(material / "run", run)
+    _damage_run(rng, run)
     (folder / "a.jpg").write_bytes(photo(rng))
-    model, run = str(material / "model"), str(folder / "out" / "run")
-    verb = sorted(FLAGS)[int(rng.integers(len(FLAGS)))]
-    start = {
-        "predict": ["predict", model, str(folder / "a.jpg")],
-        "evaluate": ["evaluate", model, str(data), "--split", "val"],
-        "inspect": ["inspect", str(data)],
-        "benchmark": ["benchmark", model, "--runs", "1", "--warmup", "0"],
-        "convert": ["convert", str(folder / "a.jpg"), "--preset", "voc07-320-vgg16", "--out", str(folder / "out")],
-        "train": [
-            "train",
-            "smoke",
-            "--data",
-            str(data),
-            "--out",
-            run,
-            "--iterations",
-            "1",
-            *TINY.split(),
-        ],
-    }[verb]
-    for _ in range(int(rng.integers(1, 3))):
-        flag = FLAGS[verb][int(rng.integers(len(FLAGS[verb])))]
-        start += [flag] + [ARGUMENTS[int(rng.integers(len(ARGUMENTS)))] for _ in range(1 if rng.random() < 0.85 else 2)]
-    return start
+    other = str(material / "run")
+    calls = (
+        ["compare", str(run), other],
+        ["compare", other, str(run)],
+        ["evaluate", str(run)],
+        ["evaluate", str(run), "--report", str(folder / "out")],
+        ["predict", str(run), str(folder / "a.jpg")],
+        ["train", "smoke", "--data", str(material / "data"), *_one_iteration(folder / "out"), "--init", str(run)],
+    )
+    return calls[int(rng.integers(len(calls)))]
 
 
-BUILDERS: dict[str, Builder] = {
+FILES: dict[str, Builder] = {
     "images": images,
     "voc": voc,
     "coco": coco,
     "yolo": yolo,
+    "layouts": layouts,
     "models": models,
     "convert": convert,
-    "values": values,
     "resume": resume,
+    "runs": runs,
 }
 """Kind of input -> its builder."""
