@@ -62,8 +62,7 @@ def _valid_call(verb: str, folder: Path, material: Path) -> list[str]:
 
 def values(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
     """Odd values on the command line, over valid files."""
-    write_yolo(rng, folder / "data")
-    (folder / "a.jpg").write_bytes(photo(rng))
+    _write_inputs(rng, folder)
     verb = sorted(VERBS)[int(rng.integers(len(VERBS)))]
     call, flags = _valid_call(verb, folder, material), flags_of(verb)
     for _ in range(int(rng.integers(1, 3))):
@@ -109,6 +108,7 @@ FOLDER_FILES = {
         "report/index.html", "report/report.json", "report/detections.json", "split/train.txt", "split/held_out.txt",
     ),
     "evaluate": ("index.html", "report.json", "detections.json", "classes.csv", "report.csv", "metrics.csv"),
+    "predict": ("a.jpg", "a.png", "a-2.jpg", "A.JPG"),
     "convert": ("model.safetensors", "config.json", "README.md"),
     "ablate": ("table.md",),
     "export": ("model.onnx", "model.xml", "model.bin"),
@@ -116,36 +116,38 @@ FOLDER_FILES = {
 """Names that a verb writes in its output folder."""
 
 
-def outputs(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
-    """An output whose target is an input or a foreign file, or a folder that holds foreign files of its names."""
-    data, image, model = folder / "data", folder / "a.jpg", str(material / "model")
-    write_yolo(rng, data)
-    image.write_bytes(photo(rng))
-    if rng.random() < 0.5:
-        target = str(_target(rng, folder))
-        calls = [
-            ["predict", model, str(image), "--json", target],
-            ["predict", model, str(image), "--json", target, "--json-format", "coco"],
-            ["predict", model, str(image), "--jsonl", target],
-            ["inspect", str(data), "--mosaic", target],
-            ["evaluate", model, str(data), "--split", "val", "--submission", target, "--metric", "coco"],
+def targets(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
+    """An output whose target is an input or a foreign file."""
+    data, image, model = _write_inputs(rng, folder), folder / "a.jpg", str(material / "model")
+    target = str(_target(rng, folder))
+    calls = [
+        ["predict", model, str(image), "--json", target],
+        ["predict", model, str(image), "--json", target, "--json-format", "coco"],
+        ["predict", model, str(image), "--jsonl", target],
+        ["inspect", str(data), "--mosaic", target],
+        ["evaluate", model, str(data), "--split", "val", "--submission", target, "--metric", "coco"],
+    ]
+    if not Path(target).is_dir():  # a name at which folders are wanted
+        calls += [
+            ["predict", model, str(image), "--save", target],
+            ["evaluate", model, str(data), "--split", "val", "--report", target],
+            [*_valid_call("convert", folder, material), "--out", target],
+            [*_valid_call("train", folder, material), "--out", target],
         ]
-        if not Path(target).is_dir():  # a name at which folders are wanted
-            calls += [
-                ["predict", model, str(image), "--save", target],
-                ["evaluate", model, str(data), "--split", "val", "--report", target],
-                [*_valid_call("convert", folder, material)[:-1], target],
-                [*_valid_call("train", folder, material), "--out", target],
-            ]
-        return calls[int(rng.integers(len(calls)))]
-    verb = sorted(FOLDER_FILES.keys() & VERBS.keys())[int(rng.integers(len(FOLDER_FILES.keys() & VERBS.keys())))]
+    return calls[int(rng.integers(len(calls)))]
+
+
+def folders(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
+    """A folder for the outputs that holds foreign files of their names: to be refused, or left as they are."""
+    data = _write_inputs(rng, folder)
+    verbs = sorted(FOLDER_FILES.keys() & VERBS.keys())
+    verb = verbs[int(rng.integers(len(verbs)))]
+    kept = folder / "kept"
     if rng.random() < 0.15:
-        kept = data  # the folder of the data itself
+        kept = data
     elif rng.random() < 0.15:
-        kept = folder / "other-model"
         copy_folder(material / "model", kept)
     else:
-        kept = folder / "kept"
         names = FOLDER_FILES[verb]
         file = kept / names[int(rng.integers(len(names)))]
         file.parent.mkdir(parents=True)
@@ -153,11 +155,18 @@ def outputs(rng: np.random.Generator, folder: Path, material: Path) -> list[str]
         if rng.random() < 0.3:
             real = file.rename(folder / "real")
             file.symlink_to(real)
+    flag = "--report" if verb == "evaluate" else "--save" if verb == "predict" else "--out"
     call = _valid_call(verb, folder, material)
-    if verb == "ablate":
-        call[3] = str(data)
-    return [*call, "--report" if verb == "evaluate" else "--out", str(kept)]
+    if verb == "predict" and rng.random() < 0.5:
+        return [*call[:2], str(kept), *call[2:], flag, str(kept)]
+    return [*call, flag, str(kept)]
 
 
-CALLS = {"values": values, "outputs": outputs}
+def _write_inputs(rng: np.random.Generator, folder: Path) -> Path:
+    (folder / "a.jpg").write_bytes(photo(rng))
+    write_yolo(rng, folder / "data")
+    return folder / "data"
+
+
+CALLS = {"values": values, "targets": targets, "folders": folders}
 """Kind of call -> its builder."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import importlib
 import os
@@ -32,7 +33,7 @@ from tests.fuzz.inputs import FILES
 from tests.fuzz.material import LARGE, MODULES_FILE
 
 BUILDERS = {**FILES, **CALLS}
-REFUSED = ("outputs",)
+REFUSED = ("targets",)
 """Kinds of which every input must be refused."""
 
 
@@ -182,6 +183,7 @@ def run(
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
         torch.set_num_threads(1)
+        gc.freeze()  # a collection in a forked process would copy every page
         idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         outcomes = []
         for number in range(start, start + count):
