@@ -107,7 +107,7 @@ FOLDER_FILES = {
         "last/config.json", "last/README.md", "best/config.json", "best/model.safetensors", "best/README.md",
         "report/index.html", "report/report.json", "report/detections.json", "split/train.txt", "split/held_out.txt",
     ),
-    "evaluate": ("index.html", "report.json", "detections.json", "classes.csv", "report.csv", "metrics.csv"),
+    "evaluate": ("index.html", "report.json", "detections.json", "per_class.csv", "images/worst-01.jpg", "images/missed-01.jpg"),
     "predict": ("a.jpg", "a.png", "a-2.jpg", "A.JPG"),
     "convert": ("model.safetensors", "config.json", "README.md"),
     "ablate": ("table.md",),

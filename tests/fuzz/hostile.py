@@ -48,6 +48,8 @@ class Outcome:
     code: int
     seconds: float
     megabytes: float
+    work: float
+    """Seconds of processor time."""
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -68,8 +70,8 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def run_isolated(arguments: list[str], folder: Path, seconds: float) -> tuple[int, float, float, str]:
-    """(exit status, seconds, peak MB, what was printed) of the command in a forked process; status < 0 is a signal."""
+def run_isolated(arguments: list[str], folder: Path, seconds: float) -> tuple[int, float, float, float, str]:
+    """(exit status, seconds, seconds of processor time, peak MB, what was printed) of the command in a forked process; status < 0 is a signal."""
     output, errors = folder / "out.stdout", folder / "out.stderr"
     began = time.perf_counter()
     child = os.fork()
@@ -109,8 +111,9 @@ def run_isolated(arguments: list[str], folder: Path, seconds: float) -> tuple[in
         time.sleep(0.005)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
+    work = usage.ru_utime + usage.ru_stime
     text = "".join(file.read_bytes().decode("utf-8", "replace") for file in (errors, output) if file.exists())
-    return os.waitstatus_to_exitcode(status), time.perf_counter() - began, usage.ru_maxrss / 1024, text
+    return os.waitstatus_to_exitcode(status), time.perf_counter() - began, work, usage.ru_maxrss / 1024, text
 
 
 def judge(code: int, seconds: float, megabytes: float, errors: str, limits: tuple[float, float]) -> str:
@@ -142,7 +145,7 @@ def try_input(
     try:
         arguments = BUILDERS[kind](rng, folder, material)
         before = digests(folder)
-        code, seconds, megabytes, errors = run_isolated(arguments, folder, limits[0])
+        code, seconds, work, megabytes, errors = run_isolated(arguments, folder, limits[0])
         fault = judge(code, seconds, megabytes, errors, limits)
         if kind in REFUSED and code == 0:
             fault = fault or "was not refused"
@@ -155,7 +158,7 @@ def try_input(
             shutil.copytree(
                 folder, keep / f"{kind}-{seed}-{number}", symlinks=True, copy_function=_copy, dirs_exist_ok=True
             )
-        return Outcome(number, kind, fault, code, seconds, megabytes)
+        return Outcome(number, kind, fault, code, seconds, megabytes, work)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -212,7 +215,8 @@ def main() -> int:
             print(
                 f"{kind:<8} {len(own):>5} inputs  exit 0/1/2: {codes[0]}/{codes[1]}/{codes[2]}  "
                 f"faults {sum(bool(outcome.fault) for outcome in own)}  "
-                f"longest {max(outcome.seconds for outcome in own):.1f} s  most {max(o.megabytes for o in own):.0f} MB"
+                f"longest {max(outcome.seconds for outcome in own):.1f} s  most {max(o.megabytes for o in own):.0f} MB  "
+                f"work {sum(outcome.work for outcome in own) / len(own):.2f} s"
             )
     faults = sum(bool(outcome.fault) for outcome in outcomes)
     print(f"{len(outcomes)} inputs, {faults} faults")
