@@ -51,6 +51,35 @@ def test_training_replaces_nothing_of_the_user(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "data.json", "metrics.csv", "last.ckpt", "last/model.safetensors", "best/README.md", "best",
+     "report/detections.json", "report/images/good-03.jpg", "split/train.txt"],
+)  # fmt: skip
+def test_a_run_folder_with_a_foreign_file_is_refused(
+    name: str, voc_folder: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    data, out = voc_folder(), tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    code = 1 if name in ("last.ckpt", "best") else 2
+    message = refused(["train", "smoke", "--data", data, "--out", out, "--init-weights", "random"], code)
+    assert Path(name).name in message
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+    assert (out / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["report.json", "per_class.csv", "index.html", "images/good-07-small.jpg"])
+def test_a_report_folder_with_a_foreign_file_is_refused(
+    name: str, stub: Any, voc_folder: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    assert f"{name}: exists" in refused(["evaluate", "stub", voc_folder(), "--report", out])
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+
+
 def test_home_is_expanded_in_every_output(
     stub: Any, photo: Callable[..., Path], voc_folder: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

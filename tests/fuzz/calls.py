@@ -105,9 +105,9 @@ FOLDER_FILES = {
     "train": (
         "config.json", "data.json", "metrics.csv", "last.ckpt", "previous.ckpt", "last/model.safetensors",
         "last/config.json", "last/README.md", "best/config.json", "best/model.safetensors", "best/README.md",
-        "report/index.html", "report/report.json", "report/detections.json", "split/train.txt", "split/held_out.txt",
+        "report/index.html", "report/report.json", "report/images/good-05.jpg", "split/train.txt", "split/held_out.txt",
     ),
-    "evaluate": ("index.html", "report.json", "detections.json", "per_class.csv", "images/worst-01.jpg", "images/missed-01.jpg"),
+    "evaluate": ("index.html", "report.json", "detections.json", "per_class.csv", "images/good-05.jpg"),
     "predict": ("a.jpg", "a.png", "a-2.jpg", "A.JPG"),
     "convert": ("model.safetensors", "config.json", "README.md"),
     "ablate": ("table.md",),

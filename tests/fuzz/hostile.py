@@ -71,7 +71,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def run_isolated(arguments: list[str], folder: Path, seconds: float) -> tuple[int, float, float, float, str]:
-    """(exit status, seconds, seconds of processor time, peak MB, what was printed) of the command in a forked process; status < 0 is a signal."""
+    """What became of the command in a forked process.
+
+    Returns:
+        Exit status (below 0 it is a signal), seconds, seconds of processor time, peak MB, and what was printed.
+    """
     output, errors = folder / "out.stdout", folder / "out.stderr"
     began = time.perf_counter()
     child = os.fork()
@@ -194,6 +198,8 @@ def run(
             outcomes.append(outcome)
             if outcome.fault:
                 print(f"{outcome.kind}-{seed}-{number}: {outcome.fault}", flush=True)
+            if (number - start) % 100 == 99:
+                print(f"{number - start + 1} inputs done", file=sys.stderr, flush=True)
         return outcomes
 
 
@@ -215,7 +221,8 @@ def main() -> int:
             print(
                 f"{kind:<8} {len(own):>5} inputs  exit 0/1/2: {codes[0]}/{codes[1]}/{codes[2]}  "
                 f"faults {sum(bool(outcome.fault) for outcome in own)}  "
-                f"longest {max(outcome.seconds for outcome in own):.1f} s  most {max(o.megabytes for o in own):.0f} MB  "
+                f"longest {max(outcome.seconds for outcome in own):.1f} s  "
+                f"most {max(outcome.megabytes for outcome in own):.0f} MB  "
                 f"work {sum(outcome.work for outcome in own) / len(own):.2f} s"
             )
     faults = sum(bool(outcome.fault) for outcome in outcomes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from refinedet.draw import draw_boxes
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.diagnosis import Diagnosis, ImageDiagnosis
 from refinedet.evaluation.outcomes import Outcome
-from refinedet.evaluation.report import Report
+from refinedet.evaluation.report import IMAGE_NAME, Report
 from refinedet.files import write_atomically
 from refinedet.text import printable
 
@@ -217,7 +216,7 @@ def _remove_pictures(folder: Path, keep: dict[str, int]) -> None:
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        match = re.fullmatch(r"(worst|good)-(\d\d)(-small)?\.jpg", path.name)
+        match = IMAGE_NAME.fullmatch(path.name)
         if match is not None and int(match[2]) > keep[match[1]]:
             with contextlib.suppress(OSError):
                 path.unlink()

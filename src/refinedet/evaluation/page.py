@@ -24,12 +24,9 @@ from refinedet.evaluation.diagnosis import SCORE_THRESHOLD, SIZES, Diagnosis, be
 from refinedet.evaluation.gallery import KIND_NAMES, LEGEND, write_galleries
 from refinedet.evaluation.metrics import CURVE_RECALLS, VocMethod
 from refinedet.evaluation.outcomes import ERRORS, HIT_IOU, NEAR_IOU, Outcome
-from refinedet.evaluation.report import METRICS, REPORT_SIGNATURE, Report
+from refinedet.evaluation.report import IMAGE_FOLDER, METRICS, PAGE_FILE, REPORT_SIGNATURE, Report
 from refinedet.files import user_path, write_text
 from refinedet.text import printable
-
-PAGE_FILE = "index.html"
-IMAGE_FOLDER = "images"
 
 _POINTS = 160
 """Points of a learning curve; what a page this wide can show."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +38,8 @@ METRICS: dict[str, str] = {
 
 REPORT_FILE, DETECTIONS_FILE, TABLE_FILE = "report.json", "detections.json", "per_class.csv"
 """What ``Report.save`` writes."""
+PAGE_FILE, IMAGE_FOLDER, IMAGE_NAME = "index.html", "images", re.compile(r"(worst|good)-(\d\d)(-small)?\.jpg")
+"""The page about a report, and the folder and names of its images."""
 REPORT_SIGNATURE = "report written by refinedet"
 """Stands in ``REPORT_FILE``: a folder with it holds an earlier report, which may be replaced."""
 
@@ -208,10 +213,18 @@ def check_report_folder(folder: Path, inputs: Sequence[str | Path] = ()) -> None
         UsageError: the folder is one of ``inputs``, or holds files of a report's names that are of another origin.
         RefineDetError: it cannot be made or written to.
     """
-    names = (REPORT_FILE, DETECTIONS_FILE, TABLE_FILE, "index.html", "images/worst-01.jpg")
+    names = names_of_report(folder)
     check_output_folder(
         folder, names, inputs=inputs, ours=lambda _: has_signature(folder / REPORT_FILE, REPORT_SIGNATURE)
     )
+
+
+def names_of_report(folder: Path) -> list[str]:
+    """Names in a folder that a report and its page would replace or remove."""
+    images: list[str] = []
+    with contextlib.suppress(OSError):  # there is no such folder yet
+        images = [f"{IMAGE_FOLDER}/{name}" for name in os.listdir(folder / IMAGE_FOLDER) if IMAGE_NAME.fullmatch(name)]
+    return [REPORT_FILE, DETECTIONS_FILE, TABLE_FILE, PAGE_FILE, *images]
 
 
 def data_name(dataset: DetectionDataset) -> str:

@@ -26,7 +26,8 @@ from refinedet.config import ModelConfig, Preset
 from refinedet.dataclass_json import save_json
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.evaluation.report import Report
+from refinedet.evaluation.report import Report, names_of_report
+from refinedet.evaluation.run_data import HELD_OUT_LIST, TRAIN_LIST
 from refinedet.files import check_output_folder, read_json, user_path, write_text
 from refinedet.loggers import Logger
 from refinedet.model.network import RefineDetNetwork
@@ -51,8 +52,10 @@ from refinedet.training.run import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
     CONFIG_FILE,
+    DATA_FILE,
     LAST_FOLDER,
     METRICS_FILE,
+    MODEL_FILES,
     RunConfig,
     RunFolder,
     is_run,
@@ -369,8 +372,13 @@ def _writing(folder: RunFolder, world: World, inputs: Sequence[str | Path] = ())
         def lock() -> None:
             check_output_folder(folder.path, inputs=inputs, ours=lambda _: is_run(folder.path))
             stack.enter_context(folder.lock())
-            for part in (folder.path, folder.path / BEST_FOLDER, folder.path / LAST_FOLDER):
-                names = (CONFIG_FILE, METRICS_FILE)
+            written = {
+                folder.path: (CONFIG_FILE, DATA_FILE, METRICS_FILE, TRAIN_LIST, HELD_OUT_LIST),
+                folder.path / BEST_FOLDER: MODEL_FILES,
+                folder.path / LAST_FOLDER: MODEL_FILES,
+                folder.report: names_of_report(folder.report),
+            }
+            for part, names in written.items():
                 check_output_folder(part, names, inputs=inputs, ours=lambda _: is_run(folder.path))
             folder.clear()
 
