@@ -38,6 +38,21 @@ REFUSED = ("targets",)
 
 
 @dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    """Exit code; below 0 the signal that ended it."""
+    seconds: float
+    work: float
+    """Seconds of processor time."""
+    megabytes: float
+    """Memory at its highest."""
+    errors: str
+    output: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What became of one input."""
 
@@ -45,11 +60,7 @@ class Outcome:
     kind: str
     fault: str
     """Empty where all is well."""
-    code: int
-    seconds: float
-    megabytes: float
-    work: float
-    """Seconds of processor time."""
+    ended: Ended
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -70,12 +81,8 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def run_isolated(arguments: list[str], folder: Path, seconds: float) -> tuple[int, float, float, float, str]:
-    """What became of the command in a forked process.
-
-    Returns:
-        Exit status (below 0 it is a signal), seconds, seconds of processor time, peak MB, and what was printed.
-    """
+def run_isolated(arguments: list[str], folder: Path, seconds: float) -> Ended:
+    """Run the command in a forked process, for so many seconds at most."""
     output, errors = folder / "out.stdout", folder / "out.stderr"
     began = time.perf_counter()
     child = os.fork()
@@ -115,26 +122,30 @@ def run_isolated(arguments: list[str], folder: Path, seconds: float) -> tuple[in
         time.sleep(0.005)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
-    work = usage.ru_utime + usage.ru_stime
-    text = "".join(file.read_bytes().decode("utf-8", "replace") for file in (errors, output) if file.exists())
-    return os.waitstatus_to_exitcode(status), time.perf_counter() - began, work, usage.ru_maxrss / 1024, text
+    printed = [file.read_bytes().decode("utf-8", "replace") if file.exists() else "" for file in (errors, output)]
+    return Ended(
+        os.waitstatus_to_exitcode(status), time.perf_counter() - began, usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss / 1024, *printed,
+    )  # fmt: skip
 
 
-def judge(code: int, seconds: float, megabytes: float, errors: str, limits: tuple[float, float]) -> str:
-    """What is wrong with an outcome, or nothing."""
-    if seconds >= limits[0]:
-        return f"took {seconds:.0f} s"
-    if code not in (0, 1, 2):
-        return f"exit code {code}"
-    if "Traceback (most recent call last)" in errors:
+def judge(ended: Ended, limits: tuple[float, float]) -> str:
+    """What is wrong with how a command ended, or nothing."""
+    printed = ended.errors + ended.output
+    if ended.seconds >= limits[0]:
+        return f"took {ended.seconds:.0f} s"
+    if ended.code not in (0, 1, 2):
+        return f"exit code {ended.code}"
+    if "Traceback (most recent call last)" in ended.errors:
         return "traceback"
-    if megabytes > limits[1]:
-        return f"{megabytes:.0f} MB"
-    if code and not errors.strip():
-        return f"exit code {code} without a word"
-    if len(errors) > 20_000 or any(len(line) > 2_000 for line in errors.splitlines()):
-        return f"{len(errors)} characters printed"
-    if any(ord(letter) < 32 and letter not in "\n\t\r" for letter in errors):
+    if ended.megabytes > limits[1]:
+        return f"{ended.megabytes:.0f} MB"
+    if ended.code and not printed.strip():
+        return f"exit code {ended.code} without a word"
+    # Results on standard output may be long; JSON Lines are.
+    if len(ended.errors) > 20_000 or any(len(line) > 2_100 for line in ended.errors.splitlines()):
+        return f"{len(ended.errors)} characters of errors"
+    if any(ord(letter) < 32 and letter not in "\n\t\r" for letter in printed):
         return "control characters printed"
     return ""
 
@@ -149,9 +160,9 @@ def try_input(
     try:
         arguments = BUILDERS[kind](rng, folder, material)
         before = digests(folder)
-        code, seconds, work, megabytes, errors = run_isolated(arguments, folder, limits[0])
-        fault = judge(code, seconds, megabytes, errors, limits)
-        if kind in REFUSED and code == 0:
+        ended = run_isolated(arguments, folder, limits[0])
+        fault = judge(ended, limits)
+        if kind in REFUSED and ended.code == 0:
             fault = fault or "was not refused"
         after = digests(folder)
         changed = [name for name in before if after.get(name) != before[name]]
@@ -162,7 +173,7 @@ def try_input(
             shutil.copytree(
                 folder, keep / f"{kind}-{seed}-{number}", symlinks=True, copy_function=_copy, dirs_exist_ok=True
             )
-        return Outcome(number, kind, fault, code, seconds, megabytes, work)
+        return Outcome(number, kind, fault, ended)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -217,13 +228,14 @@ def main() -> int:
     for kind in call.kinds:
         own = [outcome for outcome in outcomes if outcome.kind == kind]
         if own:
-            codes = [sum(outcome.code == code for outcome in own) for code in (0, 1, 2)]
+            ends = [outcome.ended for outcome in own]
+            codes = "/".join(str(sum(ended.code == code for ended in ends)) for code in (0, 1, 2))
             print(
-                f"{kind:<8} {len(own):>5} inputs  exit 0/1/2: {codes[0]}/{codes[1]}/{codes[2]}  "
+                f"{kind:<8} {len(own):>5} inputs  exit 0/1/2: {codes}  "
                 f"faults {sum(bool(outcome.fault) for outcome in own)}  "
-                f"longest {max(outcome.seconds for outcome in own):.1f} s  "
-                f"most {max(outcome.megabytes for outcome in own):.0f} MB  "
-                f"work {sum(outcome.work for outcome in own) / len(own):.2f} s"
+                f"longest {max(ended.seconds for ended in ends):.1f} s  "
+                f"most {max(ended.megabytes for ended in ends):.0f} MB  "
+                f"work {sum(ended.work for ended in ends) / len(own):.2f} s"
             )
     faults = sum(bool(outcome.fault) for outcome in outcomes)
     print(f"{len(outcomes)} inputs, {faults} faults")
