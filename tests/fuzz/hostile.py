@@ -185,16 +185,26 @@ def _copy(source: str, target: str) -> str:
 
 
 def run(
-    count: int, seed: int, kinds: list[str], keep: Path, limits: tuple[float, float], *, start: int = 0
+    count: int,
+    seed: int,
+    kinds: list[str],
+    keep: Path,
+    limits: tuple[float, float],
+    *,
+    start: int = 0,
+    material: Path | None = None,
 ) -> list[Outcome]:
     """All outcomes; faults are printed as they come."""
     keep.mkdir(parents=True, exist_ok=True)
     os.environ["REFINEDET_DEBUG"] = "1"
-    with tempfile.TemporaryDirectory(prefix="hostile-material-") as name:
-        material = Path(name)
-        # In a process of its own: once autograd has run, a process cannot be forked and train.
-        program = f"from pathlib import Path; from tests.fuzz.material import prepare; prepare(Path({name!r}))"
-        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    with contextlib.ExitStack() as stack:
+        if material is None:
+            material = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hostile-material-")))
+        if not (material / MODULES_FILE).exists():
+            # In a process of its own: once autograd has run, a process cannot be forked and train.
+            name = str(material.absolute())
+            program = f"from pathlib import Path; from tests.fuzz.material import prepare; prepare(Path({name!r}))"
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
         import torch
 
         for module in (material / MODULES_FILE).read_text().splitlines():  # once, not in each of the forked processes
@@ -223,8 +233,10 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "hostile")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--memory", type=float, default=2000.0, help="MB above the idle process")
+    parser.add_argument("--material", type=Path, help="folder of valid files; made if it is empty, used again if not")
     call = parser.parse_args()
-    outcomes = run(call.count, call.seed, call.kinds, call.keep, (call.seconds, call.memory), start=call.start)
+    limits = (call.seconds, call.memory)
+    outcomes = run(call.count, call.seed, call.kinds, call.keep, limits, start=call.start, material=call.material)
     for kind in call.kinds:
         own = [outcome for outcome in outcomes if outcome.kind == kind]
         if own:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tests.fuzz.material import (
     COCO,
     RANDOM_WEIGHTS,
@@ -29,9 +30,10 @@ from tests.fuzz.material import (
     write_voc,
     write_yolo,
 )
-from tests.fuzz.mutations import VALUES, mutate_bytes, mutate_json, mutate_words
+from tests.fuzz.mutations import VALUES, change, mutate_bytes, mutate_json, mutate_words
 
 from refinedet.cli import training
+from refinedet.training.run import CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 
 Builder = Callable[[np.random.Generator, Path, Path], list[str]]
 """(rng, empty folder for the files, folder of the valid material) -> arguments after ``refinedet``."""
@@ -244,16 +246,38 @@ def images(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
 
 
 def models(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
+    """A model whose config or weights are damaged; half of the time without the checksum that would tell."""
     model = folder / "model"
     copy_folder(material / "model", model)
-    config = model / "config.json"
-    kind = int(rng.integers(4))
+    config, weights = model / "config.json", model / "model.safetensors"
+    document = json.loads(config.read_text())
+    if rng.random() < 0.5:
+        document.pop("sha256", None)
+        config.write_text(json.dumps(document))
+    kind = int(rng.integers(6))
     if kind < 2:
-        config.write_bytes(mutate_json(rng, json.loads(config.read_text())))
+        config.write_bytes(mutate_json(rng, document))
     elif kind == 2:
         config.write_bytes(mutate_bytes(rng, config.read_bytes()))
+    elif kind < 5:
+        tensors = load_file(weights)
+        name = sorted(tensors)[int(rng.integers(len(tensors)))]
+        hostile: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+            lambda tensor: tensor * float("nan"),
+            lambda tensor: tensor.to(torch.float64) * 1e300,
+            lambda tensor: tensor.flatten(),
+            lambda tensor: tensor[..., :0],
+            lambda tensor: tensor.to(torch.float8_e4m3fn),
+            lambda tensor: tensor.to(torch.complex64),
+            lambda tensor: torch.tensor(1),
+        )
+        tensors[name] = hostile[int(rng.integers(len(hostile)))](tensors[name]).contiguous()
+        if rng.random() < 0.3:
+            tensors[f"{name}.x"] = tensors.pop(name)
+        weights.unlink()
+        save_file(tensors, weights)
     else:
-        damage_file(rng, model / "model.safetensors")
+        damage_file(rng, weights)
     (folder / "a.jpg").write_bytes(photo(rng))
     return ["predict", str(model), str(folder / "a.jpg"), "--json", str(folder / "out.json")]
 
@@ -344,7 +368,12 @@ def resume(rng: np.random.Generator, folder: Path, material: Path) -> list[str]:
     """A stopped run, damaged, that is to go on; one in six is whole and must reach its end."""
     run = folder / "out-run"
     copy_folder(material / str(rng.choice(["stopped", "stopped", "run"])), run)
-    if rng.random() < 0.85:
+    kind = rng.random()
+    if kind < 0.2:
+        state = load_checkpoint(run / CHECKPOINT_FILE)
+        save_checkpoint(run / CHECKPOINT_FILE, change(rng, state))  # with a right checksum
+        (run / PREVIOUS_CHECKPOINT_FILE).unlink(missing_ok=True)
+    elif kind < 0.85:
         _damage_run(rng, run)
     extra = []
     if "iterations" in inspect.signature(training.resume_run).parameters and rng.random() < 0.3:

@@ -70,6 +70,10 @@ ARGUMENTS: tuple[str, ...] = (
     "-1",
     "1",
     "2",
+    "3",
+    "64",
+    "0.5",
+    "1e-3",
     "nan",
     "inf",
     "-inf",
@@ -157,7 +161,7 @@ def mutate_json(rng: np.random.Generator, document: Any) -> bytes:
     """The document as JSON after one to three changes of its structure."""
     changed = copy.deepcopy(document)
     for _ in range(int(rng.integers(1, 4))):
-        changed = _change(rng, changed)
+        changed = change(rng, changed)
     return json.dumps(changed).encode("utf-8", "surrogatepass")
 
 
@@ -172,7 +176,8 @@ def _places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return places
 
 
-def _change(rng: np.random.Generator, document: Any) -> Any:
+def change(rng: np.random.Generator, document: Any) -> Any:
+    """The nested lists and dicts after one change: a value that is gone, renamed, doubled, scaled or replaced."""
     places = _places(document)
     path = places[int(rng.integers(len(places)))]
     value = VALUES[int(rng.integers(len(VALUES)))]

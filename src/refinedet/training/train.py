@@ -258,6 +258,7 @@ def resume(
     folder = RunFolder(user_path(run_folder))
     if not folder.config.exists():
         raise UsageError(f"{folder.path}: no run there ({CONFIG_FILE} is missing)")
+    read_run_config(folder.config)  # a damaged file is called damaged, not foreign
     ends = Ends.of(stop, loggers, on_log)
     with join_world(device) as world, SignalGuard() as signals, _told(folder, world), _writing(folder, world):
         config = read_run_config(folder.config)
