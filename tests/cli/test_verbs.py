@@ -69,6 +69,16 @@ def test_a_run_folder_with_a_foreign_file_is_refused(
     assert (out / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"preset": 1}', "\x00"])
+def test_a_run_with_a_damaged_config_is_called_damaged(
+    content: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    message = refused(["train", "--resume", tmp_path], 1)
+    assert "config.json: " in message
+    assert "exists" not in message
+
+
 @pytest.mark.parametrize("name", ["report.json", "per_class.csv", "index.html", "images/good-07-small.jpg"])
 def test_a_report_folder_with_a_foreign_file_is_refused(
     name: str, stub: Any, voc_folder: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]

@@ -31,8 +31,9 @@ import numpy as np
 from tests.fuzz.calls import CALLS
 from tests.fuzz.inputs import FILES
 from tests.fuzz.material import LARGE, MODULES_FILE
+from tests.fuzz.models import MODELS
 
-BUILDERS = {**FILES, **CALLS}
+BUILDERS = {**FILES, **MODELS, **CALLS}
 REFUSED = ("targets",)
 """Kinds of which every input must be refused."""
 
