@@ -111,7 +111,7 @@ FOLDER_FILES = {
     "predict": ("a.jpg", "a.png", "a-2.jpg", "A.JPG"),
     "convert": ("model.safetensors", "config.json", "README.md"),
     "ablate": ("table.md",),
-    "export": ("model.onnx", "model.xml", "model.bin"),
+    "export": ("model.onnx",),
 }  # fmt: skip
 """Names that a verb writes in its output folder."""
 
