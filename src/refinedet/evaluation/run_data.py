@@ -19,9 +19,8 @@ from refinedet.data.problems import shorten
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.report import METRICS, Metric
 from refinedet.files import read_json, user_path
-from refinedet.training.run import BEST_FOLDER, CONFIG_FILE, LAST_FOLDER, is_run
+from refinedet.training.run import BEST_FOLDER, CONFIG_FILE, HELD_OUT_LIST, LAST_FOLDER, TRAIN_LIST, is_run
 
-TRAIN_LIST, HELD_OUT_LIST = "split/train.txt", "split/held_out.txt"
 _HELD_OUT = "held out"
 
 

@@ -39,7 +39,9 @@ if sys.platform != "win32":
 
 CONFIG_FILE, DATA_FILE, METRICS_FILE = "config.json", "data.json", "metrics.csv"
 CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE = "last.ckpt", "previous.ckpt"
+TRAIN_LIST, HELD_OUT_LIST = "split/train.txt", "split/held_out.txt"
 LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER = "last", "best", "report", "tensorboard"
+RUN_FILES = (CONFIG_FILE, DATA_FILE, METRICS_FILE, TRAIN_LIST, HELD_OUT_LIST)
 MODEL_FILES = frozenset({"model.safetensors", "config.json", "README.md"})
 _PART, _OLD = ".part", ".old"
 _SEAL = b"sha256:"

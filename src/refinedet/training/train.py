@@ -27,7 +27,6 @@ from refinedet.dataclass_json import save_json
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.report import Report, names_of_report
-from refinedet.evaluation.run_data import HELD_OUT_LIST, TRAIN_LIST
 from refinedet.files import check_output_folder, read_json, user_path, write_text
 from refinedet.loggers import Logger
 from refinedet.model.network import RefineDetNetwork
@@ -52,10 +51,9 @@ from refinedet.training.run import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
     CONFIG_FILE,
-    DATA_FILE,
     LAST_FOLDER,
-    METRICS_FILE,
     MODEL_FILES,
+    RUN_FILES,
     RunConfig,
     RunFolder,
     is_run,
@@ -373,12 +371,8 @@ def _writing(folder: RunFolder, world: World, inputs: Sequence[str | Path] = ())
         def lock() -> None:
             check_output_folder(folder.path, inputs=inputs, ours=lambda _: is_run(folder.path))
             stack.enter_context(folder.lock())
-            written = {
-                folder.path: (CONFIG_FILE, DATA_FILE, METRICS_FILE, TRAIN_LIST, HELD_OUT_LIST),
-                folder.path / BEST_FOLDER: MODEL_FILES,
-                folder.path / LAST_FOLDER: MODEL_FILES,
-                folder.report: names_of_report(folder.report),
-            }
+            written = {folder.path: RUN_FILES, folder.report: names_of_report(folder.report)}
+            written |= dict.fromkeys((folder.path / BEST_FOLDER, folder.path / LAST_FOLDER), MODEL_FILES)
             for part, names in written.items():
                 check_output_folder(part, names, inputs=inputs, ours=lambda _: is_run(folder.path))
             folder.clear()
