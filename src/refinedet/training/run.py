@@ -41,8 +41,12 @@ CONFIG_FILE, DATA_FILE, METRICS_FILE = "config.json", "data.json", "metrics.csv"
 CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE = "last.ckpt", "previous.ckpt"
 TRAIN_LIST, HELD_OUT_LIST = "split/train.txt", "split/held_out.txt"
 LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER = "last", "best", "report", "tensorboard"
-RUN_FILES = (CONFIG_FILE, DATA_FILE, METRICS_FILE, TRAIN_LIST, HELD_OUT_LIST)
-MODEL_FILES = frozenset({"model.safetensors", "config.json", "README.md"})
+_MODEL_FILES = frozenset({"model.safetensors", "config.json", "README.md"})
+RUN_FILES = (
+    *(CONFIG_FILE, DATA_FILE, METRICS_FILE, TRAIN_LIST, HELD_OUT_LIST),
+    *(f"{folder}/{name}" for folder in (LAST_FOLDER, BEST_FOLDER) for name in sorted(_MODEL_FILES)),
+)
+"""What a training replaces without looking at it; checkpoints are read, and the report has its own names."""
 _PART, _OLD = ".part", ".old"
 _SEAL = b"sha256:"
 _END_OF_ZIP = b"PK\x05\x06"
@@ -238,7 +242,7 @@ def _discard(folder: Path, successor: Path) -> None:
     """Remove a model folder that is no longer needed; files that somebody else put there go to its successor."""
     with contextlib.suppress(OSError):
         for entry in folder.iterdir():
-            if entry.name in MODEL_FILES or entry.name.endswith(_PART):
+            if entry.name in _MODEL_FILES or entry.name.endswith(_PART):
                 entry.unlink()
             elif successor.is_dir() and not (successor / entry.name).exists():
                 entry.rename(successor / entry.name)

@@ -52,7 +52,6 @@ from refinedet.training.run import (
     CHECKPOINT_FILE,
     CONFIG_FILE,
     LAST_FOLDER,
-    MODEL_FILES,
     RUN_FILES,
     RunConfig,
     RunFolder,
@@ -256,10 +255,9 @@ def resume(
     folder = RunFolder(user_path(run_folder))
     if not folder.config.exists():
         raise UsageError(f"{folder.path}: no run there ({CONFIG_FILE} is missing)")
-    read_run_config(folder.config)  # a damaged file is called damaged, not foreign
+    config = read_run_config(folder.config)  # before the lock: a damaged file is called damaged, not foreign
     ends = Ends.of(stop, loggers, on_log)
     with join_world(device) as world, SignalGuard() as signals, _told(folder, world), _writing(folder, world):
-        config = read_run_config(folder.config)
         if data is not None:
             config = dataclasses.replace(config, data=texts(_absolute(data)))
         if workers is not None:
@@ -371,9 +369,8 @@ def _writing(folder: RunFolder, world: World, inputs: Sequence[str | Path] = ())
         def lock() -> None:
             check_output_folder(folder.path, inputs=inputs, ours=lambda _: is_run(folder.path))
             stack.enter_context(folder.lock())
-            written = {folder.path: RUN_FILES, folder.report: names_of_report(folder.report)}
-            written |= dict.fromkeys((folder.path / BEST_FOLDER, folder.path / LAST_FOLDER), MODEL_FILES)
-            for part, names in written.items():
+            for part in (folder.path, folder.path / BEST_FOLDER, folder.path / LAST_FOLDER, folder.report):
+                names = {folder.path: RUN_FILES, folder.report: names_of_report(part)}.get(part, ())
                 check_output_folder(part, names, inputs=inputs, ours=lambda _: is_run(folder.path))
             folder.clear()
 
