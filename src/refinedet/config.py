@@ -167,8 +167,8 @@ class ModelConfig(Checked):
     timm_name: str = ""
     """With backbone "timm": a timm model with feature maps of stride 8, 16 and 32, such as "inception_resnet_v2"."""
     backbone_layout: Literal["torchvision", "caffe"] = "torchvision"
-    """Of ResNet-50 and -101. "caffe": stride 2 on the first 1x1 convolution of a stage instead of its 3x3 one, and a
-    first pooling without padding that rounds up, as Caffe's ImageNet weights and the official code have it."""
+    """Variant of ResNet-50 and -101. "caffe" has stride 2 on the first 1x1 convolution of a stage instead of its 3x3
+    one, and a first pooling without padding that rounds up, as Caffe's ImageNet weights and the official code."""
     prediction_blocks: bool = False
     """A residual block (256, 256, 1024, with projection) before every ARM and ODM head (official ResNet-101 code; not
     in the paper)."""
@@ -207,13 +207,13 @@ class ModelConfig(Checked):
     """Theta: an anchor whose negative confidence in the ARM exceeds this is filtered (paper, section 3; 1.0 filters
     nothing)."""
     mean: tuple[Mean, Mean, Mean] = (123.675, 116.28, 103.53)
-    """Subtracted from pixel values in 0..255, in the order of ``channel_order``. Default: torchvision's ImageNet."""
+    """Mean that is subtracted from pixel values in 0..255, in the order of ``channel_order``."""
     std: tuple[Deviation, Deviation, Deviation] = (58.395, 57.12, 57.375)
-    """Divides the result. Weights from Caffe want mean (104, 117, 123), std 1 and "bgr"."""
+    """Divisor after the mean is subtracted. Weights from Caffe need mean (104, 117, 123), std 1 and "bgr"."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """Channel order of the network input."""
     resize: Literal["bilinear", "antialias"] = "bilinear"
-    """How an image is warped to ``image_size``: plain bilinear, as the official models want, or antialiased."""
+    """How an image is resized to ``image_size``: bilinear without antialiasing, as in the official code, or with it."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """Post-processing."""
 
@@ -247,11 +247,11 @@ class AugmentConfig(Checked):
     expand_ratio: Annotated[float, Range(1, 100)] = 4.0
     """Largest side of that canvas, in sides of the image."""
     crop: bool = True
-    """The seven batch samplers."""
+    """Random crops by the seven batch samplers of the official code."""
     flip_probability: Share = 0.5
     """Chance of a horizontal flip."""
     interpolations: tuple[Interpolation, ...] = ("linear", "area", "nearest", "cubic", "lanczos")
-    """One is drawn for every image."""
+    """Interpolation methods, one of which is drawn for every image."""
     mosaic_probability: Share = 0.0
     """Chance that an input is put together from four images, each cropped, distorted and flipped on its own but not
     expanded (not in the paper; for small datasets)."""
@@ -271,9 +271,9 @@ class LossConfig(Checked):
     arm_negative_iou: Share = 0.5
     """An unmatched anchor may be mined as a negative of the ARM if its best overlap is below this."""
     odm_positive_iou: Overlap = 0.5
-    """The same for the ODM, on refined anchors."""
+    """An anchor is positive for the ODM if the best overlap of its refined anchor reaches this."""
     odm_negative_iou: Share = 0.5
-    """The same for the ODM, on refined anchors."""
+    """An unmatched anchor may be a hard negative of the ODM if its refined anchor overlaps less than this."""
     negatives_per_positive: Annotated[float, Range(0, 1e6)] = 3.0
     """Hard negatives kept for each positive of an image (paper, section 4)."""
     negatives_of_empty_images: Annotated[int, Range(0, 10**6)] = 0
@@ -312,18 +312,18 @@ class TrainConfig(Checked):
     accumulation_steps: Annotated[int, Range(1, 10**6)] = 1
     """Each update is the mean of this many backward passes (Caffe's iter_size)."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum (the paper), or AdamW (Loshchilov and Hutter, betas 0.9 and 0.999), which wants a smaller rate
+    """SGD with momentum (the paper), or AdamW (Loshchilov and Hutter, betas 0.9 and 0.999), which needs a smaller rate
     and a larger ``weight_decay``."""
     learning_rate: Annotated[float, Range(0, 1e20, above=True)] = 1e-3
-    """Learning rate of the weights; see ``bias_learning_rate_factor``."""
+    """Highest learning rate of the weights; biases have ``bias_learning_rate_factor`` times this."""
     schedule: Literal["milestones", "cosine"] = "milestones"
     """Multiply by ``gamma`` at each milestone, or follow a half cosine down to ``final_learning_rate_factor``."""
     milestones: tuple[CountOrZero, ...] = (80_000, 100_000)
     """Iterations at which the rate drops."""
     gamma: Annotated[float, Range(0, 10)] = 0.1
-    """Factor of a drop."""
+    """Factor by which the rate drops at a milestone."""
     final_learning_rate_factor: Share = 0.01
-    """Where the cosine ends, as a share of ``learning_rate``."""
+    """Final learning rate of the cosine, as a share of ``learning_rate``."""
     warmup_iterations: CountOrZero = 0
     """Iterations of a linear rise of the rate from nearly 0; the paper has none."""
     momentum: Annotated[float, Range(0, 1, below=True)] = 0.9
@@ -331,14 +331,14 @@ class TrainConfig(Checked):
     weight_decay: Factor = 5e-4
     """Weight decay (paper, section 4); not applied to biases."""
     bias_learning_rate_factor: Factor = 2.0
-    """Official code: lr_mult 2, decay_mult 0 for biases of convolutions."""
+    """Factor of the rate of convolution biases, which have no weight decay (official code: lr_mult 2, decay_mult 0)."""
     backbone_learning_rate_factor: Factor = 1.0
-    """Multiple of the rate for the pretrained layers of the backbone: less than 1 keeps more of what they know. Not
-    used where a training starts from random weights. The paper has one rate."""
+    """Factor of the rate of the backbone's pretrained layers: below 1 they change less. Not used in a training from
+    random weights. The paper has one rate."""
     gradient_clip_norm: Annotated[float, Range(0, 1e9, above=True)] | None = None
-    """Largest norm of the whole gradient; the paper does not clip."""
+    """Largest norm of the whole gradient; larger ones are scaled down to it. The paper does not clip."""
     ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
-    """Keep an exponential moving average of the weights with this decay and evaluate and save that."""
+    """Decay of an exponential moving average of the weights, which is then evaluated and saved."""
     size_schedule: tuple[tuple[CountOrZero, Side], ...] = ()
     """Pairs (first iteration, side): train on smaller squares first, which is faster; anchors keep their pixel sizes.
     Before the first pair, and without any, the model's ``image_size`` is used."""
@@ -347,7 +347,7 @@ class TrainConfig(Checked):
     channels_last: bool = True
     """Memory layout of images and convolutions; faster on every current device."""
     compile: bool = False
-    """torch.compile the network."""
+    """Compile the network with torch.compile."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Seed of the weights, the order and the augmentation."""
     workers: Annotated[int, Range(0, 1024)] = 2
@@ -361,15 +361,15 @@ class TrainConfig(Checked):
     evaluate_every: CountOrZero = 5_000
     """Iterations between evaluations on the evaluation split; 0 evaluates only at the end."""
     evaluate_limit: Count | None = None
-    """Evaluate on the first so many images of the split while training; the end uses all."""
+    """Use only so many images of the split in evaluations during training; the last evaluation uses all."""
     train_split: str = "trainval"
     """Split to train on, where the data has splits."""
     evaluate_split: str = "test"
-    """Split to evaluate on; never trained on."""
+    """Split to evaluate on, or 'none'."""
     allow_outside: bool = False
     """Whether entries of annotation files and lists may name images outside the folder of the data."""
     metric: Literal["voc07", "voc", "coco"] = "voc07"
-    """Which figure decides what "best" is."""
+    """Metric by which the best weights are selected."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation of the training images."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -397,4 +397,4 @@ class Preset:
     init: str | None = None
     """The model to start from by default; None starts from ImageNet weights of the backbone."""
     fit_to_data: bool = False
-    """Choose what is not asked for by the data: iterations, batch size, splits, whether images are kept in memory."""
+    """Let the data decide what is not given: iterations, batch size, splits, whether images are kept in memory."""
