@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import refinedet
 from conftest import FolderFactory
@@ -167,6 +168,26 @@ def test_commands_of_the_readme_run(work_folder: Path, capsys: pytest.CaptureFix
     for words in calls:
         assert cli.main(words) == 0
     assert "cat" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_training_of_the_readme_runs(
+    work_folder: Path, yolo_folder: FolderFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands and Python blocks that train, for two iterations."""
+    yolo_folder(4, size=(64, 64), name="other-photos", splits={"test": [0, 1, 2, 4]})
+    Image.new("RGB", (64, 64)).save(work_folder / "photo.jpg")
+    section = text_of("README.md").partition("## Train on your own images")[2].partition("## Models")[0]
+    code = "".join(re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+    assert "epochs=40" in code
+    exec(compile(code.replace("epochs=40", "iterations=2"), "README.md", "exec"), {})
+    shutil.move(work_folder / "runs/a", work_folder / "runs/b")
+    lines = re.findall(r"^    refinedet (.*)$", section, re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["inspect", "train", "evaluate", "compare", "predict"]
+    for line in lines:
+        words = shlex.split(line.replace("DATA", "photos"), comments=True)
+        assert cli.main([*words, *(["--iterations", "2"] if words[0] == "train" else [])]) == 0
+    assert "trained: runs/a" in capsys.readouterr().out
 
 
 def modules_with_examples() -> list[str]:
