@@ -1,38 +1,31 @@
-"""Finds out what pays for small data: one change of the recipe at a time, equal budget, held-out pictures of train.
+"""Finds out what pays for small data: one change of the recipe at a time, equal budget, held-out images of train.
 
-    python -m experiments.recipe --data VOCdevkit --weights resnet18.safetensors --state runs/recipe --out out
+    python -m experiments.recipe --data VOCdevkit --weights resnet18.safetensors --out runs/recipe
 
 Every trial trains the light model on the first four fifths of train and is measured on the rest, so val is left alone.
-Runs in steps (``--minutes``) and goes on where it was stopped or killed; what stands in results.json is not done again.
+The same call again goes on where it was stopped or killed; trials that are finished are only looked up.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from experiments.steps import (
-    Deadline,
-    add_run_arguments,
-    machine,
-    precision_of,
-    read_results,
-    run_main,
-    train_on,
-    write_results,
-)
+from refinedet.ablations import TABLE_FILE, markdown_table, train_variants
+from refinedet.cli.terminal import run
 from refinedet.config import Preset
 from refinedet.data.layouts import open_dataset
 from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.device import pick_device
+from refinedet.files import write_text
 from refinedet.presets import get_preset
 
 TRAIN_SPLIT, HELD_OUT_SPLIT = "train[:80%]", "train[80%:]"
@@ -75,7 +68,7 @@ the weights, one rate, expansion up to 4, no mosaics, no mixup."""
 def changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     """The preset with some of its numbers replaced.
 
-    A trial sees as many pictures as the others: a batch twice as large means half the iterations, warm-up included.
+    A trial sees as many images as the others: a batch twice as large means half the iterations, warm-up included.
 
     Args:
         preset: the base.
@@ -91,8 +84,8 @@ def changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
         for parent in parents:
             part = part[parent]
         part[name] = value
-    found = from_dict(Preset, values, source="trial")
-    old, new = preset.train, found.train
+    trial = from_dict(Preset, values, source="trial")
+    old, new = preset.train, trial.train
     iterations = old.iterations * old.batch_size // new.batch_size
     warmup = old.warmup_iterations * old.batch_size // new.batch_size
     train = dataclasses.replace(
@@ -102,36 +95,37 @@ def changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
         # The paper's drops for VOC 2007, for the trial that has them: after 80k and 100k of 120k.
         milestones=(iterations * 2 // 3, iterations * 5 // 6),
     )
-    return dataclasses.replace(found, train=train)
+    return dataclasses.replace(trial, train=train)
 
 
-def table(results: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+def table(figures: Mapping[tuple[str, int], float], settings: Mapping[str, Any]) -> str:
     """A Markdown table: mAP of each trial and what it gave over the base of the same seeds.
 
     Args:
-        results: "trial", "seed" and "mAP" (0..1) of each finished run.
+        figures: mAP (0..1) by trial and seed.
         settings: what they were made with, for the line below.
     """
-    figures: dict[str, dict[int, float]] = {}
-    for result in results:
-        figures.setdefault(result["trial"], {})[result["seed"]] = 100 * result["mAP"]
-    lines = ["| trial | what is changed | seeds | mAP (%) | against the base |", "|---|---|---|---|---|"]
-    for name, by_seed in figures.items():
-        said = ", ".join(f"{path.rsplit('.', 1)[-1]} {value}" for path, value in TRIALS[name].items()) or "nothing"
-        shared = [seed for seed in by_seed if seed in figures.get("base", {})]
-        gains = [by_seed[seed] - figures["base"][seed] for seed in shared]
+    trials: dict[str, dict[int, float]] = {}
+    for (name, seed), figure in figures.items():
+        trials.setdefault(name, {})[seed] = 100 * figure
+    base = trials.get("base", {})
+    rows = []
+    for name, by_seed in trials.items():
+        changes = ", ".join(f"{path.rsplit('.', 1)[-1]} {value}" for path, value in TRIALS[name].items()) or "nothing"
+        gains = [by_seed[seed] - base[seed] for seed in by_seed if seed in base]
         gain = f"{statistics.mean(gains):+.2f}" if gains and name != "base" else "-"
         seeds = ", ".join(map(str, sorted(by_seed)))
-        lines.append(f"| {name} | {said} | {seeds} | {statistics.mean(by_seed.values()):.2f} | {gain} |")
+        rows.append([name, changes, seeds, f"{statistics.mean(by_seed.values()):.2f}", gain])
     facts = ", ".join(f"{name} {value}" for name, value in settings.items())
-    return "\n".join([*lines, "", f"11-point mAP. Settings: {facts}."]) + "\n"
+    text = markdown_table(["trial", "what is changed", "seeds", "mAP (%)", "against the base"], rows)
+    return f"{text}\n11-point mAP. Settings: {facts}.\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what trials are missing until the time is up, then print the table; returns the exit code.
+    """Train the trials that are missing, then print the table; returns the exit code.
 
     Raises:
-        RefineDetError: bad data or weights, results of other settings, a loss that is no finite number.
+        RefineDetError: bad data or weights, runs of other settings, a loss that is no finite number.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
@@ -139,15 +133,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="voc07-320-resnet18", help="the base")
     parser.add_argument("--trials", nargs="+", choices=list(TRIALS), default=list(TRIALS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--iterations", type=int, default=500, help="of the base's batch; all see as many pictures")
+    parser.add_argument("--iterations", type=int, default=500, help="of the base's batch; all see as many images")
     parser.add_argument("--warmup-iterations", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--side", type=int, default=192, help="of the network's input, a multiple of 64")
     chosen = parser.parse_args(arguments)
-    stop = Deadline(chosen.minutes)
     device = pick_device(chosen.device)
     counts = [len(open_dataset(chosen.data, split)) for split in (TRAIN_SPLIT, HELD_OUT_SPLIT)]
     base = base_recipe(get_preset(chosen.preset), chosen, device)
+    presets = {
+        (name, seed): changed(base, {**TRIALS[name], "train.seed": seed})
+        for seed in chosen.seeds
+        for name in chosen.trials
+    }
+    figures = train_variants(
+        {f"{name}-{seed}": preset for (name, seed), preset in presets.items()},
+        chosen.data,
+        out=chosen.out,
+        init_weights=chosen.weights,
+        device=str(device),
+    )
     settings = {
         "preset": chosen.preset,
         "iterations": chosen.iterations,
@@ -156,34 +161,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "side": chosen.side,
         "precision": base.train.precision,
         "weights": Path(chosen.weights).name,
-        "trained on": f"{TRAIN_SPLIT} ({counts[0]} photos)",
-        "measured on": f"{HELD_OUT_SPLIT} ({counts[1]} photos)",
+        "trained on": f"{TRAIN_SPLIT} ({counts[0]} images)",
+        "measured on": f"{HELD_OUT_SPLIT} ({counts[1]} images)",
     }
-    results = read_results(chosen.out, settings)
-    for seed in chosen.seeds:
-        for name in chosen.trials:
-            if any((one["trial"], one["seed"]) == (name, seed) for one in results):
-                continue
-            preset = changed(base, {**TRIALS[name], "train.seed": seed})
-            print(f"== {name}, seed {seed}", file=sys.stderr, flush=True)
-            torch.compiler.reset()  # Or the eighth network would run uncompiled.
-            folder, began = chosen.state / f"{name}-{seed}", time.monotonic()
-            run = train_on(preset, chosen.data, folder, weights=chosen.weights, device=str(device), stop=stop)
-            if run.report is None:
-                print(f"time is up; the same call again goes on with {name} (seed {seed})")
-                return 0
-            results.append(
-                {
-                    "trial": name,
-                    "seed": seed,
-                    "mAP": run.report["mAP"],
-                    "losses": run.losses,
-                    "minutes of the last step": round((time.monotonic() - began) / 60, 2),
-                }
-            )
-            write_results(chosen.out, settings, results, table(results, settings))
-    print(f"{table(results, settings)}\n{machine()}")
+    text = table(dict(zip(presets, figures.values(), strict=True)), settings)
+    write_text(chosen.out / TABLE_FILE, text)
+    print(text)
     return 0
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every program that trains variants."""
+    parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or one year of it")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder of the run folders and {TABLE_FILE}")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="loading processes")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on CUDA, else fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+
+
+def precision_of(chosen: argparse.Namespace, device: torch.device) -> Literal["fp32", "bf16"]:
+    """The precision asked for by a flag of ``add_run_arguments``, or the device's default."""
+    asked: Literal["fp32", "bf16"] | None = chosen.precision
+    return asked or ("bf16" if device.type == "cuda" else "fp32")
 
 
 def base_recipe(preset: Preset, chosen: argparse.Namespace, device: torch.device) -> Preset:
@@ -220,4 +220,4 @@ def base_recipe(preset: Preset, chosen: argparse.Namespace, device: torch.device
 
 
 if __name__ == "__main__":
-    run_main(main)
+    sys.exit(run(lambda: main()))

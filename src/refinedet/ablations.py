@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def train_variants(
         UsageError: a preset has no split to evaluate on, or ``out`` holds runs of other settings.
     """
     if any(preset.train.evaluate_split in ("", "none") for preset in presets.values()):
-        raise UsageError("an ablation compares figures: give a split to measure them on with --evaluate-split")
+        raise UsageError("variants are compared by a figure: give a split to measure them on with --evaluate-split")
     figures: dict[str, float] = {}
     for number, (name, preset) in enumerate(presets.items(), 1):
         if os.environ.get("RANK", "0") == "0":
@@ -138,11 +138,11 @@ def variant_of(model: ModelConfig, variant: Variant) -> ModelConfig:
     return dataclasses.replace(model, **changes)
 
 
-def table(found: dict[str, float], preset: Preset) -> str:
-    """Table 2 as Markdown: the paper's figures and those found, with the budget they were found at.
+def table(figures: Mapping[str, float], preset: Preset) -> str:
+    """Table 2 as Markdown: the paper's figures and those measured here, with the budget of these.
 
     Args:
-        found: what ``ablate`` returned.
+        figures: what ``ablate`` returned.
         preset: what it trained.
     """
     train = preset.train
@@ -151,18 +151,27 @@ def table(found: dict[str, float], preset: Preset) -> str:
         ("two-step cascaded regression", [v.changes.get("two_step", True) for v in VARIANTS]),
         ("transfer connection block", [v.changes.get("tcb", True) for v in VARIANTS]),
     ]
-    lines = [
-        "| component | " + " | ".join(variant.name for variant in VARIANTS) + " |",
-        "|---|" + "---|" * len(VARIANTS),
-        *("| " + " | ".join([name, *("yes" if has else "" for has in flags)]) + " |" for name, flags in rows),
-        "| paper: mAP (%), 120,000 iterations of 32 on 07+12, VOC 2007 test | "
-        + " | ".join(f"{variant.paper:.1f}" for variant in VARIANTS)
-        + " |",
-        f"| here: mAP (%, {train.metric}), {train.iterations:,} iterations of {train.batch_size} on "
-        f"{train.train_split}, {train.evaluate_split} | "
-        + " | ".join(_percent(found.get(variant.name)) for variant in VARIANTS)
-        + " |",
-    ]
+    return markdown_table(
+        ["component", *(variant.name for variant in VARIANTS)],
+        [
+            *([name, *("yes" if has else "" for has in flags)] for name, flags in rows),
+            [
+                "paper: mAP (%), 120,000 iterations of 32 on 07+12, VOC 2007 test",
+                *(f"{variant.paper:.1f}" for variant in VARIANTS),
+            ],
+            [
+                f"here: mAP (%, {train.metric}), {train.iterations:,} iterations of {train.batch_size} on "
+                f"{train.train_split}, {train.evaluate_split}",
+                *(_percent(figures.get(variant.name)) for variant in VARIANTS),
+            ],
+        ],
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, a line for each row, with a line break at the end."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
     return "\n".join(lines) + "\n"
 
 

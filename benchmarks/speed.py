@@ -1,7 +1,7 @@
 """How fast training and inference are on this machine, beside the paper's 40.3 and 24.1 FPS.
 
-    python -m experiments.speed --data VOCdevkit --out out
-    python -m experiments.speed --skip training --models runs/claims/full-0 voc07-512-vgg16
+    python -m benchmarks.speed --data VOCdevkit --out out
+    python -m benchmarks.speed --skip training --models runs/claims/full-0 voc07-512-vgg16
 
 * training: images per second of the data alone (loading processes), of network, loss, backward pass and update alone
   (on one batch that stays on the device), and of ``refinedet train`` itself; and the hours that the paper's 120,000
@@ -18,7 +18,10 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
+import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +30,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.gpu_check import random_targets
-from experiments.steps import machine, run_main
+from refinedet.cli.terminal import run
 from refinedet.config import Preset
 from refinedet.data.layouts import open_dataset
 from refinedet.detector import RefineDet
@@ -43,6 +46,7 @@ from refinedet.model.postprocess import postprocess
 from refinedet.presets import PRESETS, get_preset
 from refinedet.training.batches import training_batches
 from refinedet.training.loss import RefineDetLoss
+from refinedet.training.matching import Targets
 from refinedet.training.optim import build_optimizer
 from refinedet.training.run import METRICS_FILE
 from refinedet.training.train import train
@@ -52,6 +56,25 @@ PAPER_FPS = {320: 40.3, 512: 24.1}
 PAPER_IMAGES = 120_000 * 32
 """What the paper's VOC 2007 schedule sees."""
 MODES = ("eager", "compiled", "graph")
+
+
+def machine() -> str:
+    """Device and versions, for the line below a table."""
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    return f"{gpu}{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def random_targets(batch: int, side: int, num_classes: int, seed: int = 0) -> Targets:
+    """One to six boxes of 16 pixels to the whole image for each of ``batch`` images."""
+    rng = np.random.default_rng(seed)
+    boxes, labels = [], []
+    for _ in range(batch):
+        count = int(rng.integers(1, 7))
+        size = rng.uniform(16, side, (count, 2))
+        corner = rng.uniform(0, side - size)
+        boxes.append(torch.tensor(np.concatenate([corner, corner + size], axis=1), dtype=torch.float32))
+        labels.append(torch.tensor(rng.integers(0, num_classes, count)))
+    return Targets.collate(boxes, labels)
 
 
 def clock(work: Callable[[], Any], device: torch.device, *, seconds: float, warmup: int = 3) -> float:
@@ -70,8 +93,8 @@ def clock(work: Callable[[], Any], device: torch.device, *, seconds: float, warm
 def time_step(preset: Preset, data: Path | None, device: torch.device, seconds: float) -> dict[str, float]:
     """Seconds of the parts of an iteration on a batch that stays on the device: network, loss, backward, update.
 
-    The batch is the first of ``data``; without data it is noise with one to six boxes in each picture, which makes
-    matching faster than it is on real pictures.
+    The batch is the first of ``data``; without data it is noise with one to six boxes in each image, which makes
+    matching faster than it is on real images.
     """
     settings, config = preset.train, preset.model
     network = RefineDet(config).to(device).network.train()
@@ -81,13 +104,13 @@ def time_step(preset: Preset, data: Path | None, device: torch.device, seconds: 
     criterion = RefineDetLoss(config, settings.loss).to(device)
     optimizer = build_optimizer(network, settings)
     if data is None:
-        pictures = torch.randn(settings.batch_size, 3, *config.image_size)
+        batch_images = torch.randn(settings.batch_size, 3, *config.image_size)
         boxes = random_targets(settings.batch_size, config.image_size[0], config.num_classes)
     else:
         one = dataclasses.replace(settings, workers=0, iterations=1)
         batch = next(training_batches(open_dataset(data, settings.train_split), config, one))
-        pictures, boxes = batch.images, batch.targets
-    images, targets = pictures.to(device).contiguous(memory_format=torch.channels_last), boxes.to(device)
+        batch_images, boxes = batch.images, batch.targets
+    images, targets = batch_images.to(device).contiguous(memory_format=torch.channels_last), boxes.to(device)
     names = ("network", "loss", "backward", "update")
     marks: dict[str, list[float]] = {name: [] for name in names}
 
@@ -267,16 +290,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type != "cuda":
         chosen.modes = [mode for mode in chosen.modes if mode != "graph"]
     torch.backends.cudnn.benchmark = True
-    found: dict[str, Any] = {"machine": machine()}
+    figures: dict[str, Any] = {"machine": machine()}
     if "training" not in chosen.skip:
-        found["training"] = report_training(chosen, device)
+        figures["training"] = report_training(chosen, device)
     if "inference" not in chosen.skip:
-        found["inference"] = report_inference(chosen, device)
+        figures["inference"] = report_inference(chosen, device)
     if chosen.out is not None:
-        write_text(chosen.out / "speed.json", json.dumps(found, indent=1) + "\n")
+        write_text(chosen.out / "speed.json", json.dumps(figures, indent=1) + "\n")
     print(f"\n{machine()}")
     return 0
 
 
 if __name__ == "__main__":
-    run_main(main)
+    sys.exit(run(lambda: main()))

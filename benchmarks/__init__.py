@@ -1,0 +1,1 @@
+"""Speed, beside other detectors and other ways to do the same."""
