@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refinedet.draw import class_color, draw_boxes, mosaic, read_curves
+from refinedet.draw import class_color, draw_boxes, read_curves
 from refinedet.errors import RefineDetError, UsageError
 
 NAMES = ("cat", "a class with quite a long name")
@@ -88,20 +88,6 @@ def test_bad_input_is_refused() -> None:
         draw_boxes(np.zeros((5, 5, 3), np.float32), [], [], NAMES)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="1 boxes, 2 labels"):
         draw_boxes(blank(5, 5), [[0, 0, 1, 1]], [0, 1], NAMES)
-    with pytest.raises(UsageError, match="at least one image"):
-        mosaic([])
-    with pytest.raises(UsageError, match="at least one column"):
-        mosaic([blank(5, 5)], 0)
-
-
-def test_mosaic_shows_every_image_in_proportion() -> None:
-    red, green, blue = (np.full((h, w, 3), c, np.uint8) for h, w, c in
-                        ((40, 80, (255, 0, 0)), (90, 30, (0, 255, 0)), (500, 500, (0, 0, 255))))  # fmt: skip
-    sheet = mosaic([red, green, blue], 2, cell=60)
-    assert sheet.shape == (2 * 62 + 2, 2 * 62 + 2, 3)
-    areas = [int((sheet == color).all(axis=2).sum()) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
-    assert areas == [60 * 30, 20 * 60, 60 * 60]
-    assert mosaic([red], cell=10).shape == (14, 14, 3)
 
 
 def test_curves(tmp_path: Path) -> None:

@@ -102,11 +102,6 @@ def clip(boxes: Tensor, height: float, width: float) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
-def flip_horizontal(boxes: Tensor, width: float) -> Tensor:
-    """(..., 4) xyxy mirrored in an image of that width."""
-    return torch.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], dim=-1)
-
-
 def scale(boxes: Tensor, factor_x: float, factor_y: float) -> Tensor:
     """(..., 4) xyxy carried over to an image resized by these factors."""
     if not (math.isfinite(factor_x) and math.isfinite(factor_y)):

@@ -6,14 +6,13 @@ Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from refinedet.errors import RefineDetError
+from refinedet.errors import RefineDetError, did_you_mean
 from refinedet.files import read_json, write_text
 
 ConfigT = TypeVar("ConfigT")
@@ -45,8 +44,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         names = {f.name for f in dataclasses.fields(kind)}
         for key in value:
             if key not in names:
-                near = difflib.get_close_matches(str(key), names, n=1)
-                raise RefineDetError(f"{where}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+                hint = did_you_mean(str(key), names, otherwise="")
+                raise RefineDetError(f"{where}: unknown key '{key}'" + (f", {hint}" if hint else ""))
         arguments = {key: _convert(hints[key], item, f"{where}: {key}") for key, item in value.items()}
         try:
             return kind(**arguments)

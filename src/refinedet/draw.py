@@ -1,4 +1,4 @@
-"""Drawing: boxes on an image, mosaics of images, and the image files that hold them.
+"""Drawing: boxes on an image, and the image files that hold them.
 
 Works on plain arrays, so that detections and targets are drawn by the same code.
 """
@@ -23,7 +23,6 @@ SIGNATURE = "boxes drawn by refinedet"
 """Written into drawn images: only such files are overwritten when a command is repeated."""
 
 _GOLDEN_RATIO = 0.6180339887498949
-_MOSAIC_BACKGROUND = (32, 32, 32)
 
 _Rectangle = tuple[int, int, int, int]
 _Color = tuple[int, int, int]
@@ -238,45 +237,6 @@ def _inside(x: int, y: int, label_width: int, label_height: int, width: int) -> 
 
 def _overlap(a: _Rectangle, b: _Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def mosaic(
-    images: Sequence[npt.NDArray[np.uint8]], columns: int | None = None, *, cell: int = 240
-) -> npt.NDArray[np.uint8]:
-    """All images on one sheet, row by row.
-
-    Args:
-        images: (H, W, 3) uint8 RGB arrays of any sizes; each is shrunk or enlarged into its cell, sides in proportion.
-        columns: Cells in a row; by default as many as make the sheet about square.
-        cell: Side of a cell in pixels.
-
-    Returns:
-        (rows * cell + gaps, columns * cell + gaps, 3) uint8.
-
-    Raises:
-        UsageError: no images, or fewer than one column.
-    """
-    if not images:
-        raise UsageError("a mosaic needs at least one image")
-    across = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    if across < 1 or cell < 1:
-        raise UsageError(f"a mosaic needs at least one column and one pixel, not {across} and {cell}")
-    across = min(across, len(images))
-    rows = math.ceil(len(images) / across)
-    gap = max(2, cell // 60)
-    sheet = Image.new("RGB", (across * (cell + gap) + gap, rows * (cell + gap) + gap), _MOSAIC_BACKGROUND)
-    for index, image in enumerate(images):
-        tile = Image.fromarray(np.ascontiguousarray(image))
-        scale = cell / max(tile.width, tile.height)
-        size = (max(1, round(tile.width * scale)), max(1, round(tile.height * scale)))
-        tile = tile.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC)
-        row, column = divmod(index, across)
-        corner = (
-            gap + column * (cell + gap) + (cell - tile.width) // 2,
-            gap + row * (cell + gap) + (cell - tile.height) // 2,
-        )
-        sheet.paste(tile, corner)
-    return np.asarray(sheet)
 
 
 def check_image_ending(path: Path) -> Path:

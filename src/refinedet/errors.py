@@ -40,8 +40,14 @@ class UsageError(RefineDetError):
     exit_code = 2
 
 
-def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6, otherwise: str | None = None) -> str:
     """A hint for a message about an unknown word: the nearest known one, or all of them.
+
+    Args:
+        word: as it was written; upper and lower case are alike.
+        known: the words that would have been right.
+        cutoff: how similar the nearest one must be, from 0 to 1.
+        otherwise: what is returned instead of the list if no word is near.
 
     Example:
         >>> did_you_mean("predcit", ["train", "predict"])
@@ -49,6 +55,8 @@ def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
         >>> did_you_mean("zzz", ["train", "predict"])
         'known: train, predict'
     """
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=cutoff)
+    if near:
+        return f"did you mean '{names[near[0]]}'?"
+    return f"known: {', '.join(names.values())}" if otherwise is None else otherwise

@@ -7,13 +7,12 @@ training of another length keeps the shares. Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from refinedet.config import AugmentConfig, InferenceConfig, LossConfig, ModelConfig, Preset, TrainConfig
-from refinedet.errors import UsageError
+from refinedet.errors import UsageError, did_you_mean
 
 _OWNERS: dict[str, tuple[str, ...]] = {
     **{field.name: ("model",) for field in dataclasses.fields(ModelConfig)},
@@ -96,8 +95,7 @@ def change_preset(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     """
     for name in changes:
         if name not in _OWNERS:
-            near = difflib.get_close_matches(name, _OWNERS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "see TrainConfig and ModelConfig"
+            hint = did_you_mean(name, _OWNERS, otherwise="see TrainConfig and ModelConfig")
             raise UsageError(f"unknown setting '{name}': {hint}")
     if "iterations" in changes:
         # Made by the dataclass first, which refuses what is no number of iterations.

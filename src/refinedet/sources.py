@@ -304,13 +304,12 @@ def decode_ahead(
     for name, value in (("batch_size", batch_size), ("threads", threads)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        pipeline = _Pipeline(iter(items), count, read, pool, batch_size, threads, pixels_ahead)
-        try:
-            while batch := pipeline.next_batch(batch_size):
-                yield batch
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    pipeline = _Pipeline(iter(items), count, read, batch_size, threads, pixels_ahead)
+    try:
+        while batch := pipeline.next_batch(batch_size):
+            yield batch
+    finally:
+        pipeline.pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Pipeline(Generic[ItemT]):
@@ -321,13 +320,13 @@ class _Pipeline(Generic[ItemT]):
         items: Iterator[ItemT],
         count: Callable[[ItemT], int],
         read: Callable[[ItemT], Pixels],
-        pool: ThreadPoolExecutor,
         batch_size: int,
         threads: int,
         pixels_ahead: int | None,
     ) -> None:
         self._items = items
-        self._count, self._read, self._pool = count, read, pool
+        self._count, self._read = count, read
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._counting: deque[tuple[ItemT, Future[int]]] = deque()
         self._decoding: deque[tuple[ItemT, int, Future[Pixels] | RefineDetError]] = deque()
         self._longest, self._threads = batch_size + threads, threads
@@ -359,7 +358,7 @@ class _Pipeline(Generic[ItemT]):
         while len(self._decoding) < self._longest:
             while len(self._counting) <= self._threads:
                 for item in itertools.islice(self._items, 1):
-                    self._counting.append((item, self._pool.submit(self._count, item)))
+                    self._counting.append((item, self.pool.submit(self._count, item)))
                     break
                 else:
                     break
@@ -378,7 +377,7 @@ class _Pipeline(Generic[ItemT]):
             self._counting.popleft()
             self._held += pixels
             # A very large image is alone anyway; in this thread its memory is used again for the next of its kind.
-            run = self._pool.submit if pixels <= self._bound else _run_here
+            run = self.pool.submit if pixels <= self._bound else _run_here
             self._decoding.append((item, pixels, error or run(self._read, item)))
 
 

@@ -40,7 +40,7 @@ def test_counts_against_a_slow_loop(voc_folder: FolderFactory) -> None:
     assert report.box_sizes[3] == pytest.approx(np.median(sizes))
     assert report.box_sizes[-1] == pytest.approx(sizes[-1])
     assert report.smallest_image == report.largest_image == (96, 64)
-    assert report.healthy
+    assert not report.problems
     assert report.problems == ()
 
 
@@ -83,7 +83,7 @@ def test_every_fault_is_named(voc_folder: FolderFactory) -> None:
     for problem in report.problems:
         assert expected[problem.path.name] in problem.message
         assert str(problem) in rendered
-    assert not report.healthy
+    assert report.problems
     assert "and 5 more" in report.render(max_problems=2)
 
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from refinedet.evaluation.charts import Line, line_chart, round_ticks, short
+from refinedet.evaluation.charts import Line, LineChart, round_ticks, short
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -18,7 +18,7 @@ def chart(*lines: Line, **arguments: object) -> ElementTree.Element:
         "title": "t", "description": "d", "axes": ("x", "y"), "x_range": (0, 1), "y_range": (0, 1),
         **arguments,
     }  # fmt: skip
-    return ElementTree.fromstring(line_chart(list(lines), **settings))  # type: ignore[arg-type]
+    return ElementTree.fromstring(LineChart(lines=lines, **settings).svg())  # type: ignore[arg-type]
 
 
 def points(path: str) -> list[tuple[float, float]]:

@@ -8,6 +8,7 @@ stands in for the device, so that the comparison itself is tested.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,9 +29,12 @@ PRESETS = ["smoke"] if DEVICE.type == "cpu" else ["smoke", "voc07-320-resnet18",
 
 
 @pytest.fixture(autouse=True)
-def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _full_precision() -> Iterator[None]:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:

@@ -78,3 +78,13 @@ def fields_in(arguments: Sequence[str]) -> tuple[str, ...]:
     flags = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
     names = [flag.rpartition(".")[2].removeprefix("no-").replace("-", "_") for flag in flags]
     return tuple(dict.fromkeys(names))
+
+
+def check_share(flag: str, value: float) -> None:
+    """Refuse a number that is not from 0 to 1.
+
+    Raises:
+        UsageError: it is not; the message names the flag.
+    """
+    if not 0 <= value <= 1:
+        raise UsageError(f"{flag} must be between 0 and 1, not {value}")

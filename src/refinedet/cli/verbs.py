@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-import refinedet.weights
 from refinedet.cli.flags import (
     ClassNames,
     Data,
@@ -22,6 +21,7 @@ from refinedet.cli.flags import (
     Switch,
     Weights,
     check_at_least,
+    check_share,
     class_names_in,
     verb,
 )
@@ -30,6 +30,12 @@ from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.errors import UsageError
 from refinedet.files import check_output, user_path
 from refinedet.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from refinedet.data import DetectionDataset
+    from refinedet.detector import RefineDet
+    from refinedet.evaluation.detector import Detector
+    from refinedet.evaluation.report import Metric
 
 
 @verb
@@ -77,6 +83,7 @@ def evaluate(
     check_at_least("--limit", limit)
 
     from refinedet.evaluation import evaluate as evaluation
+    from refinedet.evaluation.multiscale import MultiScale
     from refinedet.evaluation.page import write_page
     from refinedet.evaluation.report import check_report_folder
 
@@ -90,10 +97,10 @@ def evaluate(
             raise UsageError("--submission needs DATA, the images of a server")
         if shared_classes or report is not None:
             raise UsageError("--submission takes neither --shared-classes (a server wants every class) nor --report")
-        return _submit(
-            user_path(submission), weights, path, split, figure or "voc07", limit=limit, batch_size=batch_size,
-            multi_scale=multi_scale, allow_outside=allow_outside, device=device,
-        )  # fmt: skip
+        detector, dataset = _open_for_server(weights, path, split, allow_outside=allow_outside, device=device)
+        server: Literal["voc", "coco"] = "coco" if figure == "coco" else "voc"
+        runner = MultiScale(detector, server, batch_size=batch_size) if multi_scale else detector
+        return _submit(user_path(submission), runner, dataset, figure or "voc07", limit, batch_size)
     with ProgressBar("evaluating") as bar:
         measured = evaluation.evaluate(
             weights,
@@ -115,35 +122,30 @@ def evaluate(
     return 0
 
 
-def _submit(
-    path: Path,
-    weights: str,
-    data: Path,
-    split: str | None,
-    metric: Literal["voc07", "voc", "coco"],
-    *,
-    limit: int | None,
-    batch_size: int,
-    multi_scale: bool,
-    allow_outside: bool,
-    device: str,
-) -> int:
-    """Write results for a server; print figures too where the split has annotations."""
+def _open_for_server(
+    weights: str, data: Path, split: str | None, *, allow_outside: bool, device: str
+) -> tuple[RefineDet, DetectionDataset]:
+    """The detector and the images, which may lack annotations."""
     from refinedet.detector import RefineDet
     from refinedet.device import pick_device
-    from refinedet.evaluation.detector import Detector
-    from refinedet.evaluation.evaluate import collect_detections, evaluate_detections, open_evaluation_data
-    from refinedet.evaluation.multiscale import MultiScale
-    from refinedet.evaluation.submission import plan_submission, write_submission
+    from refinedet.evaluation.evaluate import open_evaluation_data
 
     detector = RefineDet.from_pretrained(weights, device=pick_device(device))
     dataset = open_evaluation_data(data, split, detector, require_annotations=False, allow_outside=allow_outside)
+    return detector, dataset
+
+
+def _submit(
+    path: Path, detector: Detector, dataset: DetectionDataset, metric: Metric, limit: int | None, batch_size: int
+) -> int:
+    """Write results for a server; print figures too where the split has annotations."""
+    from refinedet.evaluation.evaluate import collect_detections, evaluate_detections
+    from refinedet.evaluation.submission import plan_submission, write_submission
+
     plan_submission(path, dataset, metric)
-    server: Literal["voc", "coco"] = "coco" if metric == "coco" else "voc"
-    runner: Detector = MultiScale(detector, server, batch_size=batch_size) if multi_scale else detector
     count = len(dataset) if limit is None else min(limit, len(dataset))
     with ProgressBar("evaluating") as bar:
-        detections = collect_detections(runner, dataset, range(count), batch_size=batch_size, on_progress=bar)
+        detections = collect_detections(detector, dataset, range(count), batch_size=batch_size, on_progress=bar)
     say(f"submission: {write_submission(path, dataset, detections)}")
     if dataset.annotated:
         report = evaluate_detections(dataset, detections, metric)
@@ -155,12 +157,12 @@ def _submit(
 
 def _log_of_run(weights: str) -> Path | None:
     """metrics.csv, if the weights are a run folder or lie in one."""
-    from refinedet.training.run import METRICS_FILE
+    from refinedet.evaluation.run_data import find_run
+    from refinedet.training.run import RunFolder
 
-    path = user_path(weights)
-    log = (path.parent if path.name in ("best", "last") else path) / METRICS_FILE
-    # A bundled model goes before a folder of the same name.
-    return log if refinedet.weights.folder_of(weights) is None and log.is_file() else None
+    folder = find_run(weights)
+    log = None if folder is None else RunFolder(folder).metrics
+    return log if log is not None and log.is_file() else None
 
 
 @verb
@@ -226,21 +228,19 @@ def predict(
         max_pixels: Largest width times height of an image that is read (default: 178,956,970).
         device: cpu, cuda, mps, or auto (a GPU if there is one).
     """
-    check_at_least("--batch-size", batch_size)
-    check_at_least("--line-width", line_width)
-    check_at_least("--max-pixels", max_pixels)
-    if not 0 <= threshold <= 1:
-        raise UsageError(f"--threshold must be between 0 and 1, not {threshold}")
+    for name, value in (("--batch-size", batch_size), ("--line-width", line_width), ("--max-pixels", max_pixels)):
+        check_at_least(name, value)
+    check_share("--threshold", threshold)
 
     from refinedet.cli.prediction import Drawing, PredictionOutputs
     from refinedet.sources import find_images
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
-    found = find_images(images, recursive=recursive)
-    if passed_over := found.note():
+    chosen = find_images(images, recursive=recursive)
+    if passed_over := chosen.note():
         note(passed_over)
     outputs = PredictionOutputs(
-        found.files,
+        chosen.files,
         save=save,
         drawing=Drawing(line_width, labels=not no_labels, font=font),
         json_file=json,
@@ -253,18 +253,17 @@ def predict(
     from refinedet.prediction import predict_ahead
 
     detector = load_detector(weights, device=device)
-    table = not (quiet or outputs.uses_standard_output)
-    with ProgressBar("predicting", len(found.files)) as bar, outputs.open(weights, detector, threshold):
+    with ProgressBar("predicting", len(chosen.files)) as bar, outputs.open(weights, detector, threshold):
         results = predict_ahead(
             detector,
-            found.files,
+            chosen.files,
             threshold=threshold,
             batch_size=batch_size,
             max_pixels=max_pixels,
             on_error=lambda image, error: outputs.add_failure(image.name, error),
         )
         for detections, pixels in results:
-            outputs.add(detections, pixels, table=table)
+            outputs.add(detections, pixels, table=not (quiet or outputs.uses_standard_output))
             del pixels  # Otherwise the image would stay in memory while the next is decoded.
             bar(outputs.count)
     return 1 if outputs.failed else 0

@@ -76,11 +76,6 @@ class HealthReport:
     dataset: DetectionDataset = field(repr=False)
     """The records that were read."""
 
-    @property
-    def healthy(self) -> bool:
-        """Whether nothing at all was found."""
-        return not self.problems
-
     def render(self, max_problems: int | None = None) -> str:
         """The report as text; after ``max_problems`` the rest of the problems is only counted."""
         title = f"{self.path} ({self.layout}, {'all images' if self.split is None else 'split ' + self.split})"

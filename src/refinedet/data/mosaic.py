@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from refinedet import draw
 from refinedet.data.records import DetectionDataset
+from refinedet.fonts import Font, load_font, pick_face
+from refinedet.text import printable
 
 _BACKGROUND, _INK = (32, 32, 32), (230, 230, 230)
 _GAP = 8
 """Pixels between images and around them."""
 _CAPTION = 22
 """Height in pixels of the line below an image that holds its file name."""
+_LETTERS = 14
+"""Size in pixels of the letters of a caption."""
 _COLUMN = 480
 """Width in pixels of the sheet for each column: sixteen photos must stay one viewable file."""
 _ROW = 360
@@ -52,8 +56,9 @@ def draw_mosaic(dataset: DetectionDataset, indices: Sequence[int], columns: int)
     shapes = [(dataset[index].width, dataset[index].height) for index in indices]
     tiles, height = _lay_out(shapes, columns * _COLUMN)
     sheet = Image.new("RGB", (columns * _COLUMN, height), _BACKGROUND)
-    font = ImageFont.load_default(size=14)
-    for index, tile in zip(indices, tiles, strict=True):
+    captions = [printable(dataset[index].image_path.name) for index in indices]
+    font = load_font(pick_face("".join(captions)), _LETTERS)
+    for index, tile, caption in zip(indices, tiles, captions, strict=True):
         record = dataset[index]
         # Resized before drawing, so that lines and names come out sharp.
         photo = Image.fromarray(dataset.load_image(index))
@@ -62,8 +67,8 @@ def draw_mosaic(dataset: DetectionDataset, indices: Sequence[int], columns: int)
         drawn = draw.draw_boxes(np.asarray(photo), record.boxes * scale, record.labels, dataset.class_names)
         sheet.paste(Image.fromarray(drawn), (tile.left, tile.top))
         pen = ImageDraw.Draw(sheet)
-        caption = _shorten(pen, font, record.image_path.name, tile.width)
-        pen.text((tile.left, tile.top + tile.height + 2), caption, fill=_INK, font=font)
+        text = _shorten(pen, font, caption, tile.width)
+        pen.text((tile.left, tile.top + tile.height + 2), text, fill=_INK, font=font)
     return np.asarray(sheet)
 
 
@@ -93,11 +98,8 @@ def _row_height(aspects: Sequence[float], width: int) -> float:
     return (width - _GAP * (len(aspects) + 1)) / sum(aspects)
 
 
-def _shorten(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, name: str, width: int
-) -> str:
+def _shorten(pen: ImageDraw.ImageDraw, font: Font, name: str, width: int) -> str:
     """The name, or its beginning and its end with an ellipsis between them, no wider than ``width``."""
-    name = "".join(letter if letter.isprintable() else "?" for letter in name[:300])
     kept = len(name)
     text = name
     while kept > 0 and pen.textlength(text, font=font) > width:

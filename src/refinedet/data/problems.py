@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from refinedet.errors import RefineDetError, UsageError
+from refinedet.errors import RefineDetError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,7 @@ def unknown_split(path: Path, split: str, available: Iterable[str]) -> UsageErro
 
 def unknown_class(path: Path, name: str, known: Sequence[str], where: str = "") -> FaultyFileError:
     """The error for an object of a class that is not in the list, with the nearest known name."""
-    lower = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    hint = f"the nearest known is '{lower[near[0]]}'" if near else f"known: {shorten(known)}"
+    hint = did_you_mean(name, known, cutoff=0.5, otherwise=f"known: {shorten(known)}")
     return FaultyFileError(path, f"{where}class '{name}' is not in the list of classes; {hint}")
 
 

@@ -30,73 +30,68 @@ class Line:
     """P values."""
 
 
-def line_chart(
-    lines: Sequence[Line],
-    *,
-    title: str,
-    description: str,
-    axes: tuple[str, str],
-    x_range: Range,
-    y_range: Range,
-    ticks: tuple[Sequence[float], Sequence[float]] | None = None,
-    dot: tuple[float, float] | None = None,
-    named: bool = False,
-    marked: bool = False,
-    size: tuple[int, int] = (240, 190),
-) -> str:
-    """A chart as one ``<svg>`` element.
+@dataclass(frozen=True, kw_only=True)
+class LineChart:
+    """Lines over an x and a y axis."""
 
-    Args:
-        lines: what to draw, the first on top.
-        title: read out instead of the chart, and shown under the mouse.
-        description: what the lines say, in a sentence, for who cannot see them.
-        axes: what x and y are, with their units.
-        x_range: first and last value of the x axis.
-        y_range: the same of the y axis.
-        ticks: values to write at the axes; default: round numbers.
-        dot: a point to mark.
-        named: write the names at the ends of the lines.
-        marked: mark every point of the lines, for lines of few points.
-        size: width and height.
-    """
-    width, height = size
-    longest = max((len(line.name) for line in lines), default=0) if named else 0
-    x_ticks, y_ticks = ticks or (round_ticks(*x_range), round_ticks(*y_range))
-    left = 24.0 + _LETTER * max(len(short(value)) for value in y_ticks)
-    right, top, bottom = width - 12.0 - _LETTER * longest, 10.0, height - 36.0
+    lines: Sequence[Line]
+    """What to draw, the first on top."""
+    title: str
+    """Read out instead of the chart, and shown under the mouse."""
+    description: str
+    """What the lines say, in a sentence, for who cannot see them."""
+    axes: tuple[str, str]
+    """What x and y are, with their units."""
+    x_range: Range
+    """First and last value of the x axis."""
+    y_range: Range
+    """The same of the y axis."""
+    ticks: tuple[Sequence[float], Sequence[float]] | None = None
+    """Values to write at the axes; default: round numbers."""
+    dot: tuple[float, float] | None = None
+    """A point to mark."""
+    named: bool = False
+    """Write the names at the ends of the lines."""
+    marked: bool = False
+    """Mark every point of the lines, for lines of few points."""
+    size_wh: tuple[int, int] = (240, 190)
+    """Width and height."""
 
-    frame = _Frame(left, right, top, bottom, x_range, y_range)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>",
-        *_axes(frame, axes, x_ticks, y_ticks),
-    ]
-    ends: list[tuple[float, int, str]] = []
-    for number, line in reversed(list(enumerate(lines, start=1))):
-        points = [
-            (frame.x(x), min(max(frame.y(y), top), bottom))
-            for x, y in zip(line.x, line.y, strict=True)
-            if math.isfinite(x) and math.isfinite(y)
+    def svg(self) -> str:
+        """The chart as one ``<svg>`` element."""
+        width, height = self.size_wh
+        longest = max((len(line.name) for line in self.lines), default=0) if self.named else 0
+        x_ticks, y_ticks = self.ticks or (round_ticks(*self.x_range), round_ticks(*self.y_range))
+        left = 24.0 + _LETTER * max(len(short(value)) for value in y_ticks)
+        frame = _Frame(left, width - 12.0 - _LETTER * longest, 10.0, height - 36.0, self.x_range, self.y_range)
+        parts = [
+            f'<svg viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
+            f"<title>{escape(self.title)}</title><desc>{escape(self.description)}</desc>",
+            *_axes(frame, self.axes, x_ticks, y_ticks),
         ]
-        if not points:
-            continue
-        path = "L".join(f"{_number(x)} {_number(y)}" for x, y in _without_flat_runs(points))
-        parts.append(f'<path class="line line-{number}" d="M{path}"/>')
-        if marked or len(points) == 1:
-            parts += [
-                f'<circle class="mark mark-{number}" cx="{_number(x)}" cy="{_number(y)}" r="3"/>' for x, y in points
-            ]
-        ends.append((points[-1][1], number, line.name))
-    if dot is not None:
-        parts.append(f'<circle class="dot" cx="{_number(frame.x(dot[0]))}" cy="{_number(frame.y(dot[1]))}" r="4"/>')
-    if named:
-        for end, number, name in _apart(ends, top, bottom):
-            parts.append(
-                f'<text class="name name-{number}" x="{_number(right + 6)}" y="{_number(end)}" dy=".35em">'
-                f"{escape(name)}</text>"
-            )
-    parts.append("</svg>")
-    return "".join(parts)
+        ends: list[tuple[float, int, str]] = []
+        for number, line in reversed(list(enumerate(self.lines, start=1))):
+            points = frame.points(line)
+            if not points:
+                continue
+            path = "L".join(f"{_number(x)} {_number(y)}" for x, y in _without_flat_runs(points))
+            parts.append(f'<path class="line line-{number}" d="M{path}"/>')
+            if self.marked or len(points) == 1:
+                parts += [
+                    f'<circle class="mark mark-{number}" cx="{_number(x)}" cy="{_number(y)}" r="3"/>' for x, y in points
+                ]
+            ends.append((points[-1][1], number, line.name))
+        if self.dot is not None:
+            x, y = frame.x(self.dot[0]), frame.y(self.dot[1])
+            parts.append(f'<circle class="dot" cx="{_number(x)}" cy="{_number(y)}" r="4"/>')
+        if self.named:
+            for end, number, name in _apart(ends, frame.top, frame.bottom):
+                parts.append(
+                    f'<text class="name name-{number}" x="{_number(frame.right + 6)}" y="{_number(end)}" dy=".35em">'
+                    f"{escape(name)}</text>"
+                )
+        parts.append("</svg>")
+        return "".join(parts)
 
 
 @dataclass(frozen=True)
@@ -119,6 +114,14 @@ class _Frame:
         """Position of a value of y."""
         low, high = self.y_range
         return self.bottom - (self.bottom - self.top) * (value - low) / ((high - low) or 1.0)
+
+    def points(self, line: Line) -> list[tuple[float, float]]:
+        """Positions of the finite values of a line, none above or below the frame."""
+        return [
+            (self.x(x), min(max(self.y(y), self.top), self.bottom))
+            for x, y in zip(line.x, line.y, strict=True)
+            if math.isfinite(x) and math.isfinite(y)
+        ]
 
 
 def _axes(frame: _Frame, axes: tuple[str, str], x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:

@@ -108,24 +108,22 @@ def evaluate(
         if run is None:
             raise UsageError("DATA is missing: only a run folder knows which images it held out")
         data, metric = run.held_out(), metric or run.metric
-    metric = metric or "voc07"
-    check_metric(metric)
+    metric = check_metric(metric or "voc07")
     detector, weights = _load(model, device)
-    if isinstance(data, DetectionDataset):
-        dataset = data
-    else:
+    dataset = data
+    if not isinstance(dataset, DetectionDataset):
         dataset = open_evaluation_data(
-            data, split, detector, shared_classes=shared_classes, allow_outside=allow_outside
+            dataset, split, detector, shared_classes=shared_classes, allow_outside=allow_outside
         )
         require_few_repairs(dataset)  # Of a dataset that was made smaller the repairs may be those of other images.
     runner, passes = _at_scales(detector, metric, batch_size) if multi_scale else (detector, ())
     left_out = None
     if shared_classes:
-        shared = share_classes(runner, dataset)
-        runner, dataset, left_out = shared, shared.dataset, shared.left_out
+        runner = shared = share_classes(runner, dataset)
+        dataset, left_out = shared.dataset, shared.left_out
     else:
         check_class_names(dataset, detector.class_names)
-    _report_repairs(dataset)
+    _check_repairs(dataset)
     indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
     # Before the hour of inference, not after it.
     _check_objects(dataset, indices)
@@ -162,9 +160,9 @@ def _at_scales(detector: Detector, metric: Metric, batch_size: int) -> tuple[Det
     return several, tuple(str(one) for one in several.passes)
 
 
-def _report_repairs(dataset: DetectionDataset) -> None:
-    """One line on what reading repaired."""
-    repaired = dataset.repaired()
+def _check_repairs(dataset: DetectionDataset) -> None:
+    """Log in one line what reading repaired; refuse data of which more than half had to be."""
+    repaired = require_few_repairs(dataset)
     if repaired:
         _log.warning("%s: repaired while reading: %s", dataset.path, printable(repaired))
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from refinedet.draw import read_curves
 from refinedet.errors import RefineDetError
-from refinedet.evaluation.charts import Line, line_chart
+from refinedet.evaluation.charts import Line, LineChart
 from refinedet.evaluation.diagnosis import SCORE_THRESHOLD, SIZES, Diagnosis, best_f1, diagnose
 from refinedet.evaluation.gallery import KIND_NAMES, LEGEND, write_galleries
 from refinedet.evaluation.metrics import CURVE_RECALLS, VocMethod
@@ -283,8 +283,8 @@ def _curves(report: Report, diagnosis: Diagnosis) -> list[dict[str, Any]]:
 def _curve(name: str, figure: str, curve: npt.NDArray[np.float64], dot: tuple[float, float] | None) -> dict[str, Any]:
     at_dot = "" if dot is None else f" At the threshold: recall {dot[0]:.0%}, precision {dot[1]:.0%}."
     samples = ", ".join(f"{curve[recall]:.0%} at recall {recall}%" for recall in (25, 50, 75))
-    svg = line_chart(
-        [Line(name, CURVE_RECALLS.tolist(), curve.tolist())],
+    svg = LineChart(
+        lines=[Line(name, CURVE_RECALLS.tolist(), curve.tolist())],
         title=f"Precision over recall, {name}",
         description=f"Precision {samples}.{at_dot}",
         axes=("recall", "precision"),
@@ -292,7 +292,7 @@ def _curve(name: str, figure: str, curve: npt.NDArray[np.float64], dot: tuple[fl
         y_range=(0, 1),
         ticks=((0, 0.5, 1), (0, 0.5, 1)),
         dot=dot,
-    )
+    ).svg()
     return {"title": name, "figure": figure, "svg": Markup(svg)}
 
 
@@ -360,8 +360,8 @@ def _training(metrics_csv: Path) -> dict[str, Any]:
         if not values:
             continue
         several = len(lines) > 1
-        svg = line_chart(
-            lines,
+        svg = LineChart(
+            lines=lines,
             title=f"{title} over iterations",
             description="In the end: " + ", ".join(f"{line.name} {line.y[-1]:.4g}" for line in lines) + ".",
             axes=("iteration", axis),
@@ -369,8 +369,8 @@ def _training(metrics_csv: Path) -> dict[str, Any]:
             y_range=(min(0.0, *values), 1.05 * max(values) if max(values) > 0 else 1.0),
             named=several,
             marked=not several and len(values) <= _MARKED,
-            size=(460, 270),
-        )
+            size_wh=(460, 270),
+        ).svg()
         figure = f"best {max(values):.1f}" if axis.startswith("mAP") else ""
         charts.append({"title": title, "figure": figure, "svg": Markup(svg), "kind": "several" if several else "one"})
     if not charts:

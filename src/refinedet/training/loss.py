@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,14 @@ from refinedet import boxes as box_ops
 from refinedet.config import LossConfig, ModelConfig
 from refinedet.model.network import PredictionHead, Predictions, passes_negative_filter, starting_boxes
 from refinedet.training.matching import Targets, match, mine_negatives
+
+
+class _Assignment(NamedTuple):
+    """How a module's anchors become positive and negative, and what class a positive is to learn."""
+
+    positive_iou: float
+    negative_iou: float
+    label_smoothing: float = 0.0
 
 
 class RefineDetLoss(nn.Module):
@@ -70,8 +79,8 @@ class RefineDetLoss(nn.Module):
             if self.model.tcb:
                 object_targets = Targets(targets.boxes, targets.labels.clamp(max=0))
                 arm = self._module_loss(
-                    arm_offsets, arm_logits, anchors, object_targets, None, config.arm_positive_iou,
-                    config.arm_negative_iou, 0.0,
+                    arm_offsets, arm_logits, anchors, object_targets, None,
+                    _Assignment(config.arm_positive_iou, config.arm_negative_iou),
                 )  # fmt: skip
             else:
                 arm = (anchors.new_zeros(()),) * 3
@@ -79,8 +88,8 @@ class RefineDetLoss(nn.Module):
                 start = starting_boxes(arm_offsets, anchors, self.offset_std, self.model)
                 unfiltered = passes_negative_filter(arm_logits, self.negative_threshold)
             odm = self._module_loss(
-                odm_offsets, odm_logits, start, targets, unfiltered, config.odm_positive_iou,
-                config.odm_negative_iou, config.label_smoothing,
+                odm_offsets, odm_logits, start, targets, unfiltered,
+                _Assignment(config.odm_positive_iou, config.odm_negative_iou, config.label_smoothing),
             )  # fmt: skip
             positives = torch.stack([arm[2], odm[2]]).float()
             divisor = positives.clamp(min=1.0) if self.normalizer is None else self.normalizer(positives)
@@ -99,20 +108,18 @@ class RefineDetLoss(nn.Module):
         anchors: Tensor,
         targets: Targets,
         unfiltered: Tensor | None,
-        positive_iou: float,
-        negative_iou: float,
-        label_smoothing: float,
+        assignment: _Assignment,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Summed classification loss, summed localization loss and number of positives of one module.
 
         ``unfiltered`` (B, A) marks the anchors that pass negative anchor filtering; None lets all pass.
         """
         background = logits.shape[-1] - 1
-        matched = match(anchors, targets, positive_iou)
+        matched = match(anchors, targets, assignment.positive_iou)
         positive = matched.target >= 0
         with torch.no_grad():
             background_loss = logits.logsumexp(dim=-1) - logits[..., background]
-            candidates = ~positive & (matched.overlap < negative_iou)
+            candidates = ~positive & (matched.overlap < assignment.negative_iou)
             if unfiltered is not None:
                 candidates &= unfiltered
             if self.config.classification == "focal":
@@ -128,7 +135,7 @@ class RefineDetLoss(nn.Module):
             labels = torch.where(positive, targets.labels.gather(1, index), background)
             target_boxes = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
         cross_entropy = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=label_smoothing
+            logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=assignment.label_smoothing
         ).view_as(labels)
         if self.config.classification == "focal":
             alpha = torch.where(positive, self.config.focal_alpha, 1.0 - self.config.focal_alpha)

@@ -32,7 +32,7 @@ import torch
 from refinedet.config import Preset
 from refinedet.dataclass_json import from_dict
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import failure_reason, make_folder, read_json, write_atomically
+from refinedet.files import failure_reason, make_folder, read_json, remove_stale_parts, write_atomically
 
 if sys.platform != "win32":
     import fcntl
@@ -226,9 +226,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what killed trainings left unfinished, and nothing else; needs the lock, for no writer may live."""
         for folder in (self.path, *(self.path / name for name in (LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER))):
-            for part in folder.glob(f".?*.????????{_PART}"):
-                if part.is_file() and not part.is_symlink():
-                    part.unlink(missing_ok=True)
+            remove_stale_parts(folder)
         for name in (LAST_FOLDER, BEST_FOLDER):
             target, old = self.path / name, self.path / f".{name}{_OLD}"
             if old.is_dir() and not target.exists():
