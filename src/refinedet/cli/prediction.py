@@ -112,7 +112,6 @@ class PredictionOutputs:
         self._copies = None if folder is None else DrawnCopies(folder, files)
         self._drawing = drawing or Drawing()
         self._images, self._total = 0, len(files)
-        self._model, self._detector, self._threshold = "", None, 0.0
         self._stream: IO[bytes] | None = None
         self._kept: list[Detections] = []
         self.failed: list[dict[str, str]] = []
