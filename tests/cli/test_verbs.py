@@ -11,7 +11,9 @@ from PIL import Image
 
 import refinedet
 from refinedet import cli
+from refinedet.dataclass_json import save_json
 from refinedet.presets import PRESETS
+from refinedet.training.run import RunConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -129,8 +131,9 @@ def test_the_page_of_a_run_folder_has_its_learning_curves(
     for name in ("best", "last"):
         (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "run" / "metrics.csv").write_text("iteration,total\n1,2\n2,1\n")
-    report = tmp_path / "report"
-    assert cli.main(["evaluate", f"{tmp_path}/{weights}", str(voc_folder()), "--report", str(report)]) == 0
+    data, report = voc_folder(), tmp_path / "report"
+    save_json(RunConfig(PRESETS["smoke"], (str(data),), stub.class_names, "random"), tmp_path / "run" / "config.json")
+    assert cli.main(["evaluate", f"{tmp_path}/{weights}", str(data), "--report", str(report)]) == 0
     assert "Loss over iterations" in (report / "index.html").read_text()
 
 

@@ -117,7 +117,7 @@ def evaluate(
         )
     say(f"{measured.table()}\n{measured.settings.seconds_per_image:.3f} s per image\nmAP {100 * measured['mAP']:.2f}")
     if report_folder is not None:
-        page = write_page(measured, measured.save(report_folder), metrics_csv=_log_of_run(weights))
+        page = write_page(measured, measured.save(report_folder), metrics_csv=_log_of_run(measured.settings.run))
         say(f"report: {report_folder}  (see {page})")
     return 0
 
@@ -155,14 +155,12 @@ def _submit(
     return 0
 
 
-def _log_of_run(weights: str) -> Path | None:
-    """metrics.csv, if the weights are a run folder or lie in one."""
-    from refinedet.evaluation.run_data import find_run
+def _log_of_run(folder: str) -> Path | None:
+    """The log of a run, if there is one; the run may be none at all."""
     from refinedet.training.run import RunFolder
 
-    folder = find_run(weights)
-    log = None if folder is None else RunFolder(folder).metrics
-    return log if log is not None and log.is_file() else None
+    log = RunFolder(Path(folder)).metrics
+    return log if folder and log.is_file() else None
 
 
 @verb
