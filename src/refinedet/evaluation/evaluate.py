@@ -105,9 +105,7 @@ def evaluate(
         raise UsageError(f"limit must be at least 1, not {limit}")
     run = _run_of(model)
     if data is None:
-        if run is None:
-            raise UsageError("DATA is missing: only a run folder knows which images it held out")
-        data, metric = run.held_out(), metric or run.metric
+        data, metric = _held_out(run, metric)
     metric = check_metric(metric or "voc07")
     detector, weights = _load(model, device)
     dataset = data
@@ -123,7 +121,8 @@ def evaluate(
         dataset, left_out = shared.dataset, shared.left_out
     else:
         check_class_names(dataset, detector.class_names)
-    _check_repairs(dataset)
+    if repaired := dataset.repaired():
+        _log.warning("%s: repaired while reading: %s", dataset.path, printable(repaired))
     indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
     # Before the hour of inference, not after it.
     _check_objects(dataset, indices)
@@ -153,18 +152,17 @@ def _run_of(model: Detector | str | Path) -> RunData | None:
     return None if folder is None else RunData.of(folder)
 
 
+def _held_out(run: RunData | None, metric: Metric | None) -> tuple[DetectionDataset, Metric]:
+    if run is None:
+        raise UsageError("DATA is missing: only a run folder knows which images it held out")
+    return run.held_out(), metric or run.metric
+
+
 def _at_scales(detector: Detector, metric: Metric, batch_size: int) -> tuple[Detector, tuple[str, ...]]:
     """The same model under multi-scale testing, and its passes in words."""
     form: Form = "coco" if metric == "coco" else "voc"
     several = MultiScale(cast("RefineDet", detector), form, batch_size=max(1, batch_size))
     return several, tuple(str(one) for one in several.passes)
-
-
-def _check_repairs(dataset: DetectionDataset) -> None:
-    """Log in one line what reading repaired; refuse data of which more than half had to be."""
-    repaired = require_few_repairs(dataset)
-    if repaired:
-        _log.warning("%s: repaired while reading: %s", dataset.path, printable(repaired))
 
 
 def _load(model: Detector | str | Path, device: str) -> tuple[Detector, str]:
