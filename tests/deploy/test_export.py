@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,19 @@ def test_another_model_does_not_pass_verification(tmp_path: Path, photos: list[A
     export(detector(), tmp_path / "model.onnx")
     with pytest.raises(RefineDetError, match="other detections than PyTorch"):
         verify(detector(seed=1), Runtime(tmp_path / "model.onnx"), photos)
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(
+    tmp_path: Path, photos: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(model: object, path: Path, **options: object) -> None:
+        path.write_bytes(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")  # the libraries do not say which file
+
+    monkeypatch.setattr(exporting, "_write", write)
+    with pytest.raises(RefineDetError, match=r"model\.onnx: cannot be saved \(disk full\)"):
+        export(detector(), tmp_path / "model.onnx", images=photos)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

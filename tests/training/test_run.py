@@ -50,6 +50,14 @@ def test_a_full_disk_leaves_the_previous_weights(tmp_path: Path, full_disk: Full
     RefineDet.from_pretrained(tmp_path)
 
 
+def test_a_full_disk_is_said_of_the_folder_that_a_model_was_to_be(tmp_path: Path, full_disk: FullDisk) -> None:
+    config = ModelConfig(backbone="resnet18", num_classes=1, image_size=(64, 64), tcb_channels=8, tcb_batch_norm=True)
+    with full_disk(1_000_000), pytest.raises(RefineDetError) as failed:
+        RunFolder(tmp_path).save_model("last", RefineDet(config).save_pretrained)
+    assert str(failed.value).startswith(f"{tmp_path / 'last/model.safetensors'}: cannot be saved (disk full")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()

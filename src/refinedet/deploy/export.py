@@ -22,7 +22,7 @@ from refinedet.deploy.graph import OUTPUTS, RAW_OUTPUTS, DetectorGraph, InputTyp
 from refinedet.deploy.verify import Verification, verification_images, verify
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import check_output, user_path
+from refinedet.files import check_output, failure_reason, make_folder, user_path
 from refinedet.runtime import METADATA_KEY, SUFFIXES, Runtime
 
 if TYPE_CHECKING:
@@ -69,15 +69,24 @@ def export(
 
     Raises:
         UsageError: another ending, an existing file that is no export, or a package that is not installed.
-        RefineDetError: the file's detections differ from those of PyTorch; nothing is left behind.
+        RefineDetError: the file's detections differ from those of PyTorch, or the disk is full; nothing is left behind.
     """
     target = check_target(user_path(path), half=half)
     if input_type not in get_args(InputType):
         raise UsageError(f"input_type must be 'float32' or 'uint8', not {input_type!r}")
     detector = model if isinstance(model, RefineDet) else RefineDet.from_pretrained(model)
     scenes = verification_images(images)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A folder beside the target, so that the finished file is moved into place in one step.
+    make_folder(target.parent)
+    try:
+        return _replace(target, detector, scenes, input_type=input_type, dynamic_size=dynamic_size, raw=raw, half=half)
+    except OSError as error:  # of libraries that write without naming the file
+        raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
+
+
+def _replace(
+    target: Path, detector: RefineDet, scenes: Any, *, input_type: InputType, dynamic_size: bool, raw: bool, half: bool
+) -> Verification:
+    """Write beside the target, verify, and move the finished file into place in one step."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as name:
         aside = Path(name) / target.name
         _write(detector, aside, input_type=input_type, dynamic_size=dynamic_size, raw=raw, half=half)

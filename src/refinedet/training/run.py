@@ -217,6 +217,8 @@ class RunFolder:
                 target.rename(old)
                 part.rename(target)
                 part = old
+        except RefineDetError as error:
+            raise RefineDetError(str(error).replace(str(part), str(target))) from None
         except OSError as error:
             raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
         finally:
