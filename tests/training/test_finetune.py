@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import refinedet
 from conftest import FolderFactory
 from refinedet.dataclass_json import load_json
 from refinedet.errors import UsageError
@@ -39,6 +40,7 @@ def test_data_alone_is_enough(voc_folder: FolderFactory, tmp_path: Path) -> None
     assert run.report is not None
     assert (run.report.images, run.report.metric) == (1, "coco")
     config = config_of(run.folder)
+    assert (config.provenance.device, config.provenance.version) == ("cpu", refinedet.__version__)
     assert (config.preset.train.iterations, config.preset.train.batch_size) == (2, 8 // 2)
     assert (config.preset.train.train_split, config.preset.train.evaluate_split) == ("all", "held out")
     listed = [(run.folder / "split" / f"{name}.txt").read_text().splitlines() for name in ("train", "held_out")]

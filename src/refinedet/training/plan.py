@@ -23,6 +23,7 @@ from refinedet.errors import UsageError
 from refinedet.loggers import Logger
 from refinedet.model.network import RefineDetNetwork
 from refinedet.presets import PRESETS, get_preset
+from refinedet.provenance import Provenance
 from refinedet.schedule import change_preset, check_minutes, iterations_of_epochs, with_iterations
 from refinedet.training.data import DataChoice, TrainingData
 from refinedet.training.data_check import require_few_repairs, require_measurable, require_objects
@@ -165,7 +166,7 @@ class Call:
         )
         return dataclasses.replace(preset, train=train)
 
-    def run_config(self, preset: Preset, class_names: tuple[str, ...], source: str) -> RunConfig:
+    def run_config(self, preset: Preset, class_names: tuple[str, ...], source: str, device: torch.device) -> RunConfig:
         """What config.json of the run will say."""
         choice = self.choice
         return RunConfig(
@@ -177,6 +178,7 @@ class Call:
             classes=choice.classes,
             group_by=choice.group_by,
             skip_broken=choice.skip_broken,
+            provenance=Provenance.now(device),
         )
 
     def own_network(self, config: ModelConfig) -> RefineDetNetwork | None:

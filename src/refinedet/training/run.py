@@ -23,7 +23,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,7 @@ from refinedet.config import Preset
 from refinedet.dataclass_json import from_dict
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import failure_reason, make_folder, read_json, remove_stale_parts, write_atomically
+from refinedet.provenance import Provenance
 
 if sys.platform != "win32":
     import fcntl
@@ -73,6 +74,8 @@ class RunConfig:
     """How images were kept together when some were held out."""
     skip_broken: bool = False
     """Whether images that cannot be read are left out."""
+    provenance: Provenance = field(default_factory=Provenance)
+    """Program, machine, command and time of the start."""
 
 
 def read_run_config(path: Path) -> RunConfig:

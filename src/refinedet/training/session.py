@@ -276,7 +276,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     """What must be equal for a training to go on: all that decides its outcome, but not where the data lies."""
     content: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
     del content["data"], content["preset"]["summary"]
-    for name in ("evaluate_data", "group_by"):
+    for name in ("evaluate_data", "group_by", "provenance"):
         del content[name]
     for name in ("workers", "keep_images"):
         del content["preset"]["train"][name]

@@ -193,7 +193,7 @@ def _train(call: Call, folder: RunFolder, world: World, signals: SignalGuard, en
     if start.adopted and world.is_main:
         _LOG.info("%s", start.adopted)
     preset = dataclasses.replace(preset, model=start.config)
-    config = call.run_config(preset, data.train.class_names, start.source)
+    config = call.run_config(preset, data.train.class_names, start.source, world.device)
     if folder.has_checkpoint():
         if call.minutes is not None:
             # How long it takes was measured when the run began.
