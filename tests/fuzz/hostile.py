@@ -216,7 +216,10 @@ def run(
         idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         outcomes = []
         for number in range(start, start + count):
-            outcome = try_input(number, seed, kinds, material, keep, (limits[0], limits[1] + idle))
+            try:
+                outcome = try_input(number, seed, kinds, material, keep, (limits[0], limits[1] + idle))
+            except KeyboardInterrupt:
+                break  # what there is counts
             outcomes.append(outcome)
             if outcome.fault:
                 print(f"{outcome.kind}-{seed}-{number}: {outcome.fault}", flush=True)
