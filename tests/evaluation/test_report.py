@@ -24,10 +24,12 @@ from refinedet.data.records import DetectionDataset, Record
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation import evaluate as evaluate_module
+from refinedet.evaluation import report as report_module
 from refinedet.evaluation.evaluate import collect_detections, evaluate, evaluate_detections
 from refinedet.evaluation.metrics import COCO_NAMES
 from refinedet.evaluation.report import Report
 from refinedet.evaluation.settings import LeftOut
+from refinedet.files import write_text
 
 FolderFactory = Callable[..., Path]
 Oracle = Callable[[Path, list[dict[str, Any]]], npt.NDArray[np.float64]]
@@ -172,6 +174,27 @@ def test_no_detections_at_all_saves_an_empty_list(voc_folder: FolderFactory, tmp
     nothing = [Detections.empty(NAMES, (r.width, r.height)) for r in dataset.records]
     evaluate_detections(dataset, nothing).save(tmp_path)
     assert json.loads((tmp_path / "detections.json").read_text()) == []
+
+
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_report_that_was_left_incomplete_can_be_written_again(
+    voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    names: list[str] = []
+
+    def write(path: Path, text: str) -> None:
+        if len(names) == written:
+            raise RefineDetError("disk full")
+        names.append(path.name)
+        write_text(path, text)
+
+    dataset = open_dataset(voc_folder(images=2, class_names=NAMES), "trainval")
+    report = evaluate_detections(dataset, right_answers(dataset))
+    monkeypatch.setattr(report_module, "write_text", write)
+    with pytest.raises(RefineDetError, match="disk full"):
+        report.save(tmp_path / "report")
+    assert len(names) == written
+    report_module.check_report_folder(tmp_path / "report")
 
 
 def test_report_cannot_be_written(voc_folder: FolderFactory, tmp_path: Path) -> None:

@@ -184,12 +184,12 @@ class Report(Mapping[str, float]):
             RefineDetError: the folder cannot be made or written to.
         """
         folder = make_folder(user_path(folder))
+        # First: a report folder is recognised by it, also one that a full disk or a kill left incomplete.
+        write_text(folder / REPORT_FILE, json_text(self.to_dict(), REPORT_SIGNATURE, indent=2))
         # One detection per line: a million of them stay readable, and a diff of two runs is a diff of detections.
         lines = (json.dumps(result, allow_nan=False) for result in self.results())
         write_text(folder / DETECTIONS_FILE, "[" + ",\n".join(lines) + "]\n")
         write_text(folder / TABLE_FILE, self._csv())
-        # Last: it is what a report folder is recognised by.
-        write_text(folder / REPORT_FILE, json_text(self.to_dict(), REPORT_SIGNATURE, indent=2))
         return folder
 
     def _csv(self) -> str:
