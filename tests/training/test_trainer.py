@@ -112,6 +112,38 @@ def test_a_stop_anywhere_changes_nothing(stop_at: int, optimizer: str) -> None:
     assert log.rows == whole_log.rows
 
 
+@pytest.mark.parametrize(("rate", "words"), [(1e6, "the loss is"), (1e19, "the loss is (inf|nan)")])
+def test_an_update_that_ruins_the_weights_is_not_saved_even_if_it_is_the_last(rate: float, words: str) -> None:
+    saved: list[int] = []
+    trainer = make(iterations=1, learning_rate=rate)
+    with pytest.raises(RefineDetError, match=f"after iteration 1 {words}.*the learning rate has ruined them"):
+        trainer.run(batches(), LoggerGroup([]), save=lambda: saved.append(trainer.iteration))
+    trainer = make(iterations=4, learning_rate=1e-3, save_every=1)
+
+    def save() -> None:
+        saved.append(trainer.iteration)
+        if trainer.iteration == 2:
+            trainer.settings = settings(iterations=4, learning_rate=rate, save_every=1)
+
+    with pytest.raises(RefineDetError, match=f"after iteration 3 {words}"):
+        trainer.run(batches(), LoggerGroup([]), save=save)
+    assert saved == [1, 2]
+
+
+def test_looking_at_the_weights_before_a_save_changes_nothing() -> None:
+    def trained(save_every: int) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(1)
+        layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 1, 1))
+        trainer = Trainer(layers, squared, settings(iterations=5, learning_rate=0.01, save_every=save_every), ALONE)
+        trainer.run(batches(), LoggerGroup([]), save=lambda: None)
+        return trainer.network.state_dict(), torch.get_rng_state()
+
+    (seldom, after_seldom), (often, after_often) = trained(5), trained(1)
+    assert seldom.keys() == often.keys()
+    assert all(torch.equal(seldom[name], often[name]) for name in seldom)
+    assert torch.equal(after_seldom, after_often)
+
+
 def test_it_saves_before_it_evaluates_and_evaluates_after_a_stop_between_the_two() -> None:
     events: list[str] = []
     trainer = make(iterations=5, save_every=3, evaluate_every=2)

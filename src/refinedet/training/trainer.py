@@ -78,6 +78,7 @@ class Trainer:
             self.network.to(memory_format=torch.channels_last)
         self.criterion, self.settings, self.world = criterion, settings, world
         self.losses: dict[str, float] = {}
+        self._batch: TrainingBatch | None = None  # the last one that was learned from
         # Everything that a resumed run must find again stands in the next lines, in state() and in load_state().
         self.iteration = 0
         self.optimizer = optimizer or build_optimizer(self.network, settings)
@@ -170,7 +171,7 @@ class Trainer:
             batches: one for every pass of this process, from the present iteration on.
             logger: receives the mean losses, the learning rate and the speed every ``log_every`` iterations.
             save: called every ``save_every`` iterations, before every evaluation and before the end, whichever it is;
-                only with weights that are finite.
+                only with weights that are finite and whose loss is.
             evaluate: called every ``evaluate_every`` iterations and after the last one, when all is saved.
             stop: asked after every iteration but the last; the processes leave together as soon as it says True in one.
 
@@ -178,8 +179,8 @@ class Trainer:
             Whether the last iteration is done.
 
         Raises:
-            RefineDetError: a loss, the gradient or the weights are not finite, or the loss has grown a thousandfold;
-                what was saved before stays.
+            RefineDetError: a loss, the gradient or the weights are not finite, or the loss has grown a thousandfold,
+                be it by the update before a save; what was saved before stays.
         """
         settings = self.settings
         forward, passes = self._forward_module(), iter(batches)
@@ -227,7 +228,7 @@ class Trainer:
         names: list[str] = []
         sums: dict[str, Tensor] = {}
         for step in range(settings.accumulation_steps):
-            batch = next(batches)
+            self._batch = batch = next(batches)
             names += batch.names
             last = step == settings.accumulation_steps - 1
             quiet = forward.no_sync() if isinstance(forward, DistributedDataParallel) and not last else nullcontext()
@@ -296,7 +297,7 @@ class Trainer:
             raise RefineDetError(f"{what} of iteration {number} is not finite ({values}); {advice} Images: {images}")
         if self.first_loss == 0.0:
             self.first_loss = losses["total"]
-        if losses["total"] > LARGEST_GROWTH * max(1.0, self.first_loss):
+        if losses["total"] > self._largest_loss():
             raise RefineDetError(
                 f"the loss of iteration {number} is {losses['total']:.4g} and began with {self.first_loss:.4g}: "
                 f"the learning rate has ruined the weights; {advice} Start a new run in another --out"
@@ -310,6 +311,26 @@ class Trainer:
                 f"the weights are not finite after iteration {self.iteration}; they were not saved, and what was saved "
                 "before stays. Lower --learning-rate, or set --warmup-iterations or --gradient-clip-norm"
             )
+        if self._batch is not None and not (loss := self._loss_now(self._batch)) <= self._largest_loss():
+            # No later iteration would notice, were this the last one.
+            raise RefineDetError(
+                f"with the weights after iteration {self.iteration} the loss is {loss:.4g}, and it began with "
+                f"{self.first_loss:.4g}: the learning rate has ruined them; they were not saved, and what was saved "
+                "before stays. Lower --learning-rate, or set --warmup-iterations or --gradient-clip-norm"
+            )
+
+    def _loss_now(self, batch: TrainingBatch) -> float:
+        """Mean loss over the processes with the present weights; nothing of the training changes by looking."""
+        kept = [buffer.clone() for buffer in self.network.buffers()]
+        devices = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            total = self._losses(self.network, batch)["total"].double().reshape(1)
+            for buffer, value in zip(self.network.buffers(), kept, strict=True):
+                buffer.copy_(value)
+        return float(self.world.sum(total)) / self.world.size
+
+    def _largest_loss(self) -> float:
+        return LARGEST_GROWTH * max(1.0, self.first_loss)
 
     def _forward_module(self) -> Callable[[Tensor], Any]:
         module: nn.Module = self.network
