@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,14 @@ def test_a_batch_finds_what_single_pictures_find(model: RefineDet) -> None:
         np.testing.assert_allclose(alone.scores, batched.scores, atol=1e-4)
     streamed = list(model.stream(iter(images), threshold=None, batch_size=2))
     assert [one.image_size for one in streamed] == [one.image_size for one in together]
+
+
+@pytest.mark.parametrize("number", [math.nan, 1e30])
+def test_outputs_that_are_no_numbers_are_no_empty_image(number: float) -> None:
+    ruined = RefineDet(PRESETS["smoke"].model)
+    next(ruined.network.parameters()).data.fill_(number)
+    with pytest.raises(RefineDetError, match="outputs are not finite"):
+        ruined.predict(pictures(1)[0])
 
 
 def test_the_threshold_filters(model: RefineDet) -> None:

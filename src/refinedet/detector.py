@@ -16,7 +16,7 @@ import torch
 from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
 from refinedet.detections import Detections
 from refinedet.device import pick_device
-from refinedet.errors import UsageError
+from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import user_path
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
@@ -238,6 +238,7 @@ class RefineDet:
 
         Raises:
             UsageError: a size that is not two multiples of 64.
+            RefineDetError: the network's outputs are not finite.
         """
         if not images:
             return []
@@ -254,7 +255,14 @@ class RefineDet:
         mixed = torch.bfloat16 if precision == "bf16" else torch.float16
         with torch.inference_mode(), torch.autocast(self.device.type, mixed, enabled=precision in ("bf16", "fp16")):
             inputs = inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
-            found = postprocess(evaluation_view(self.network)(inputs), self.config)
+            outputs = evaluation_view(self.network)(inputs)
+            found = postprocess(outputs, self.config)
+            # Scores that are no numbers pass no threshold, which would read as an image without objects.
+            if not bool(outputs.odm_logits.isfinite().all()):
+                raise RefineDetError(
+                    "the network's outputs are not finite: its weights are ruined, or too large for "
+                    f"{str(outputs.odm_logits.dtype).removeprefix('torch.')}"
+                )
         arrays = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels, found.counts))
         padded = PaddedArrays(*arrays)
         results = unpad(padded, images, (height, width), self.class_names, self.config.inference)

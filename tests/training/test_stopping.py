@@ -17,7 +17,9 @@ def send(number: int) -> None:
     time.sleep(0.2)
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 128 + signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 128 + signal.SIGUSR1)]
+)
 def test_codes(name: str, code: int) -> None:
     before = signal.getsignal(getattr(signal, name))
     with SignalGuard(), pytest.raises(TrainingStopped) as caught:

@@ -316,7 +316,7 @@ def _start_worker(_: int) -> None:
     has to talk to the loading process, and would wait for ever for one that is stopped.
     """
     torch.multiprocessing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None:
             signal.signal(number, signal.SIG_IGN)

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-HANDLED = ("SIGINT", "SIGTERM", "SIGUSR1")
-"""Ctrl-C; the end that a scheduler announces; what Slurm sends ahead of a time limit (--signal=USR1@120)."""
+HANDLED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+"""Ctrl-C; the end that a scheduler announces; what Slurm sends ahead of a time limit (--signal=USR1@120); the end
+of the terminal, unless nohup has it ignored."""
 _ECHO = 1.0
 """Seconds in which the same signal counts as one: a terminal sends it to every process, and torchrun passes it on."""
 
 
 class TrainingStopped(SystemExit):
-    """A signal ended the training. ``code`` is 128 and the signal's number: 130, 143, and 138 for SIGUSR1 on Linux."""
+    """A signal ended the training. ``code`` is 128 and the signal's number: 130, 143, 129 (SIGHUP), 138 (SIGUSR1)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)

@@ -108,8 +108,8 @@ def train(
     """Train a detector, or go on with a training of the same settings.
 
     ``train(data="photos")`` uses the preset "finetune": the bundled model, a length that fits the number of images.
-    Data without a split for evaluation is divided (see ``data.holdout``). SIGINT, SIGTERM and SIGUSR1 save, print how
-    to continue, and raise ``TrainingStopped``, a SystemExit with the code 128 + signal. A second Ctrl-C stops at once.
+    Data without a split for evaluation is divided (see ``data.holdout``). SIGINT, SIGTERM, SIGUSR1 and SIGHUP save, say
+    how to continue, and raise ``TrainingStopped``, a SystemExit with the code 128 + signal; a second Ctrl-C is at once.
 
     Args:
         preset: model and training, or the name of a preset; ``num_classes`` is replaced by the number of classes of
