@@ -226,6 +226,7 @@ def test_variants_take_away_one_part_after_the_other() -> None:
     assert [variant.paper for variant in VARIANTS] == [80.0, 79.5, 77.3, 76.2]
 
 
+@pytest.mark.slow
 def test_ablate_trains_all_resumes_and_prints_the_table(
     voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

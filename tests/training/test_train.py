@@ -84,7 +84,7 @@ def test_a_backbone_without_a_rate_keeps_what_it_knows_if_it_knows_anything(
     assert not torch.equal(second.model.network.get_parameter(name), first.model.network.get_parameter(name))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_four_and_six_iterations_are_ten_bit_for_bit(voc_folder: FolderFactory, tmp_path: Path, optimizer: str) -> None:
     data = voc_folder(images=12)
     preset = tiny(optimizer=optimizer, save_every=4)
@@ -410,6 +410,7 @@ run = train(preset, sys.argv[2], out=sys.argv[3], init_weights="random", device=
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(voc_folder: FolderFactory, tmp_path: Path) -> None:
     """Same total batch, same pictures; batch norm sees other batches, so it is frozen or absent here."""
     from refinedet.dataclass_json import to_dict

@@ -322,6 +322,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_leave_a_whole_model_and_nothing_else(saved: Path, tmp_path: Path) -> None:
     generator = random.Random(1)
     expected = RefineDet.from_pretrained(saved).network.state_dict()
