@@ -10,7 +10,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -78,18 +79,17 @@ def export(
     scenes = verification_images(images)
     make_folder(target.parent)
     try:
-        return _replace(target, detector, scenes, input_type=input_type, dynamic_size=dynamic_size, raw=raw, half=half)
+        write = partial(_write, detector, input_type=input_type, dynamic_size=dynamic_size, raw=raw, half=half)
+        return _replace(target, detector, scenes, write)
     except OSError as error:  # of libraries that write without naming the file
         raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
 
 
-def _replace(
-    target: Path, detector: RefineDet, scenes: Any, *, input_type: InputType, dynamic_size: bool, raw: bool, half: bool
-) -> Verification:
+def _replace(target: Path, detector: RefineDet, scenes: Any, write: Callable[[Path], object]) -> Verification:
     """Write beside the target, verify, and move the finished file into place in one step."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as name:
         aside = Path(name) / target.name
-        _write(detector, aside, input_type=input_type, dynamic_size=dynamic_size, raw=raw, half=half)
+        write(aside)
         checked = verify(detector, Runtime(aside), scenes)
         for written in sorted(aside.parent.glob(f"{target.stem}.*"), key=lambda file: file.suffix == target.suffix):
             os.replace(written, target.with_suffix(written.suffix))  # the .bin before the .xml that names it
