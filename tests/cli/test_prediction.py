@@ -12,6 +12,8 @@ from PIL import Image, ImageFile
 
 from conftest import FullDisk
 from refinedet import cli
+from refinedet.cli.prediction import image_ids_of
+from refinedet.errors import RefineDetError
 from refinedet.fonts import BUNDLED
 from refinedet.presets import PRESETS
 
@@ -314,3 +316,11 @@ def test_a_real_model_finds_its_way(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(command) == 0
     assert len(list((tmp_path / "out").iterdir())) == 3
     assert "chelsea.jpg  451x300  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1.5", "null", "[1]", "{}"])
+def test_ids_of_coco_images_are_whole_numbers_or_texts(number: str, tmp_path: Path) -> None:
+    file = tmp_path / "ids.json"
+    file.write_text(f'{{"images": [{{"file_name": "a.jpg", "id": {number}}}]}}')
+    with pytest.raises(RefineDetError, match=r"ids\.json: the id of a\.jpg"):
+        image_ids_of(["a.jpg"], file)

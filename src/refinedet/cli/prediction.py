@@ -264,7 +264,10 @@ def image_ids_of(files: Sequence[str], annotations: Path) -> list[int | str]:
     try:
         for image in content["images"]:
             name = str(image["file_name"]).replace("\\", "/")
-            by_name.setdefault(PurePosixPath(name).name, []).append((name, image["id"]))
+            number = image["id"]
+            if not isinstance(number, (int, str)):
+                raise RefineDetError(f"{annotations}: the id of {name[:100]} is neither a whole number nor a text")
+            by_name.setdefault(PurePosixPath(name).name, []).append((name, number))
     except (KeyError, TypeError):
         raise RefineDetError(f"{annotations}: no list of COCO images (images with id and file_name)") from None
     ids = []
