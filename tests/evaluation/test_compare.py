@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refinedet import cli
+from refinedet import PRESETS, cli
 from refinedet.data import open_dataset
+from refinedet.dataclass_json import to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.compare import compare
@@ -34,7 +35,8 @@ def save_run(folder: Path, data: Path, shift: float, **train: Any) -> list[Detec
         size = (record.width, record.height)
         detections.append(Detections(boxes, scores, record.labels, NAMES, size))
     settings = {"train_split": "train", "evaluate_split": "test", "metric": "voc", **train}
-    config = {"preset": {"train": settings}, "data": [str(data)], "class_names": list(NAMES)}
+    preset = {"model": to_dict(PRESETS["smoke"].model), "train": settings, "summary": ""}
+    config = {"preset": preset, "data": [str(data)], "class_names": list(NAMES), "init_weights": "random"}
     evaluate_detections(dataset, detections, "voc").save(folder / "report")
     (folder / "config.json").write_text(json.dumps(config))
     return detections
@@ -54,7 +56,7 @@ def test_figures_and_intervals(data: Path, tmp_path: Path) -> None:
         wanted = voc_average_precision(detections, records, 2, method="area").average_precision
         np.testing.assert_allclose(row, wanted, atol=1e-6)
     assert result.images == 11
-    assert result.settings == {"train.learning_rate": (None, 0.5)}
+    assert result.settings == {"train.learning_rate": (0.001, 0.5)}
     # The same draws, with images really repeated.
     rng = np.random.default_rng(3)
     differences = []

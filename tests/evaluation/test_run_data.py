@@ -15,6 +15,7 @@ from refinedet.data import open_dataset
 from refinedet.dataclass_json import to_dict
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.run_data import RunData, find_run
+from refinedet.training.run import RunConfig
 
 FolderFactory = Callable[..., Path]
 NAMES = ("lynx", "otter")
@@ -128,3 +129,11 @@ def test_command_line_without_data(
     assert "DATA is missing" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--metric", "map"]) == 2
     assert "must be one of voc07, voc, coco" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [[["a"]], "a", [3]])
+def test_a_config_with_values_of_another_kind_is_one_line(tmp_path: Path, data: object) -> None:
+    run = to_dict(RunConfig(PRESETS["smoke"], ("a",), ("cat",), "random"))
+    (tmp_path / "config.json").write_text(json.dumps(run | {"data": data}))
+    with pytest.raises(RefineDetError, match=r"config\.json: data: expected"):
+        RunData.of(tmp_path)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refinedet.data import DetectionDataset
+from refinedet.dataclass_json import to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.metrics import VocMethod, mean_of_defined, weighted_average_precision
@@ -117,7 +118,7 @@ def compare(first: str | Path, second: str | Path, *, samples: int = SAMPLES, se
     return Comparison(
         runs=(str(runs[0].folder), str(runs[1].folder)),
         images=len(shared),
-        settings=_differences(*(run.config for run in runs)),
+        settings=_differences(*(_settings(run) for run in runs)),
         class_names=names,
         average_precision=average_precision,
         interval=interval,
@@ -157,6 +158,11 @@ def _weighted(outcomes: Outcomes, weights: _Floats, method: VocMethod) -> _Float
     counted = np.bincount(outcomes.object_labels, weights=of_object, minlength=outcomes.num_classes)
     positives = counted.astype(np.float64)
     return weighted_average_precision(outcomes, of_detection, positives, method)
+
+
+def _settings(run: RunData) -> dict[str, Any]:
+    """What decides the outcome of a run; not the program, machine and time of its start."""
+    return {name: value for name, value in to_dict(run.config).items() if name != "provenance"}
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -7,19 +7,27 @@ They follow from the run folder: its config names the data and the splits; where
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import refinedet.weights
 from refinedet.data import DetectionDataset
 from refinedet.data.layouts import open_joined
 from refinedet.data.problems import shorten
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.evaluation.report import METRICS, Metric
-from refinedet.files import read_json, user_path
-from refinedet.training.run import BEST_FOLDER, CONFIG_FILE, HELD_OUT_LIST, LAST_FOLDER, TRAIN_LIST, is_run
+from refinedet.evaluation.report import Metric
+from refinedet.files import user_path
+from refinedet.training.run import (
+    BEST_FOLDER,
+    CONFIG_FILE,
+    HELD_OUT_LIST,
+    LAST_FOLDER,
+    TRAIN_LIST,
+    RunConfig,
+    is_run,
+    read_run_config,
+)
 
 _HELD_OUT = "held out"
 
@@ -40,7 +48,7 @@ class RunData:
 
     folder: Path
     """The run folder."""
-    config: dict[str, Any]
+    config: RunConfig
     """Its config.json."""
 
     @classmethod
@@ -53,13 +61,12 @@ class RunData:
         """
         if not is_run(folder):
             raise UsageError(f"{folder}: no run folder ({CONFIG_FILE} of a training is missing)")
-        return cls(folder, cast("dict[str, Any]", read_json(folder / CONFIG_FILE)))
+        return cls(folder, read_run_config(folder / CONFIG_FILE))
 
     @property
     def metric(self) -> Metric:
         """The figure by which the run chose its best weights."""
-        metric = self.config["preset"]["train"].get("metric", "voc07")
-        return metric if metric in METRICS else "voc07"
+        return self.config.preset.train.metric
 
     def held_out(self) -> DetectionDataset:
         """The images that the run evaluated on.
@@ -68,12 +75,12 @@ class RunData:
             UsageError: it evaluated on none.
             RefineDetError: the data cannot be read, or has lost some of them.
         """
-        split = self._split("evaluate_split")
+        split = self.config.preset.train.evaluate_split
         if split in ("", "none"):
             raise UsageError(f"{self.folder}: this run held no images out; name the data to evaluate on")
         if split == _HELD_OUT:
             return replace(self._listed(HELD_OUT_LIST), split=_HELD_OUT)
-        return self._open(self.config.get("evaluate_data") or self.config["data"], split)
+        return self._open(self.config.evaluate_data or self.config.data, split)
 
     def train(self) -> DetectionDataset:
         """The images that the run trained on.
@@ -83,7 +90,7 @@ class RunData:
         """
         if (self.folder / TRAIN_LIST).is_file():
             return self._listed(TRAIN_LIST)
-        return self._open(self.config["data"], self._split("train_split"))
+        return self._open(self.config.data, self.config.preset.train.train_split)
 
     def count_trained_on(self, dataset: DetectionDataset, indices: Iterable[int]) -> int | None:
         """How many of some images the run trained on; None if its data is not there any more."""
@@ -93,14 +100,11 @@ class RunData:
             return None
         return sum(os.path.realpath(dataset[index].image_path) in trained_on for index in indices)
 
-    def _split(self, name: str) -> str:
-        return str(self.config["preset"]["train"].get(name, ""))
-
-    def _open(self, paths: list[str], split: str) -> DetectionDataset:
-        classes = self.config.get("classes")
-        allowed = self.config["preset"]["train"].get("allow_outside") is True
+    def _open(self, paths: Sequence[str], split: str) -> DetectionDataset:
+        classes = self.config.classes
+        allowed = self.config.preset.train.allow_outside
         if not classes:
-            return open_joined(paths, split, tuple(self.config["class_names"]), allow_outside=allowed)
+            return open_joined(paths, split, self.config.class_names, allow_outside=allowed)
         # Only some of the data's classes were trained on.
         dataset = open_joined(paths, split, allow_outside=allowed)
         return dataset.only_classes([dataset.class_names.index(name) for name in classes])
@@ -112,7 +116,7 @@ class RunData:
             lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         except OSError as error:
             raise RefineDetError(f"{path}: cannot be read ({error.strerror}); it lists images of the run") from None
-        dataset = self._open(self.config["data"], self._split("train_split"))
+        dataset = self._open(self.config.data, self.config.preset.train.train_split)
         folder = Path(os.path.abspath(dataset.path if dataset.path.is_dir() else dataset.path.parent))
         index = {os.path.abspath(record.image_path): number for number, record in enumerate(dataset.records)}
         wanted = [line for line in lines if line]
