@@ -73,7 +73,7 @@ def test_figures_and_intervals(data: Path, tmp_path: Path) -> None:
         differences.append(means[1] - means[0])
     np.testing.assert_allclose(result.interval[:, -1], np.percentile(differences, [2.5, 97.5]), atol=1e-6)
     table = result.table()
-    assert "train.learning_rate  None -> 0.5" in table
+    assert "train.learning_rate  0.001 -> 0.5" in table
     assert "11 images that both held out" in table
     assert table.splitlines()[-1].startswith("mean")
 
