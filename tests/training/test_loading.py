@@ -110,7 +110,8 @@ def test_a_batch_that_shared_memory_does_not_take_is_one_line(
 def test_loading_processes_do_not_hear_the_signals_of_their_trainer(voc_folder: FolderFactory) -> None:
     before = set(multiprocessing.active_children())
     loaded = training_batches(open_dataset(voc_folder(), "train"), MODEL, SETTINGS)
-    next(loaded)
+    for _ in range(2 * SETTINGS.workers):
+        next(loaded)  # batches come from all of them in turn, so all of them have started
     workers = [one for one in multiprocessing.active_children() if one not in before]
     for worker in workers:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
