@@ -27,7 +27,7 @@ MANY_PARAMETERS = {
     # Verbs of the command line: each parameter is a flag.
     "cli/training.py": {"train", "ablate"},
     "cli/verbs.py": {"evaluate", "predict"},
-    "cli/deploy.py": {"export"},
+    "cli/weights.py": {"export"},
     # The flags of predict that name an output.
     "cli/prediction.py": {"PredictionOutputs.__init__"},
 }
@@ -36,7 +36,6 @@ TESTED_ELSEWHERE = {
     "__init__.py": "test_cli.py",
     "__main__.py": "test_cli.py",
     "ablations.py": "model/test_ablations.py",
-    "cli/deploy.py": "deploy/test_export.py",
     "cli/flags.py": "cli/test_arguments.py",
     "cli/training.py": "test_cli.py",
     "cli/weights.py": "weights/test_convert_verb.py",

@@ -85,7 +85,9 @@ def test_given_classes_decide_the_labels(root: Path) -> None:
 
 
 def test_unknown_class(root: Path) -> None:
-    with pytest.raises(RefineDetError, match=r"annotation 1000: class 'cat' is not in the list .* is 'cart'") as caught:
+    with pytest.raises(
+        RefineDetError, match=r"annotation 1000: class 'cat' is not in the list .* did you mean 'cart'"
+    ) as caught:
         open_dataset(root, "train", ["dog", "cart"])
     assert str(json_of(root)) in str(caught.value)
 

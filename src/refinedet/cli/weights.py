@@ -1,4 +1,4 @@
-"""The verbs about weights: convert imports them, benchmark times them, models lists those that are bundled."""
+"""The verbs about weights: convert imports, export writes, benchmark times, and models lists those that are bundled."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import refinedet.weights
 from refinedet.cli.flags import (
     ClassNames,
     Device,
+    Folder,
     OptionalCount,
     OptionalFile,
+    OptionalText,
+    Switch,
     Weights,
     check_at_least,
     class_names_in,
@@ -24,6 +27,9 @@ from refinedet.cli.terminal import say
 from refinedet.errors import UsageError
 from refinedet.files import check_output_folder, user_path
 from refinedet.presets import PRESETS, get_preset
+
+EXPORTED_FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
+"""What the file of each exported format is called."""
 
 
 @verb
@@ -86,6 +92,64 @@ def convert(
     elif names is None:
         say(f"classes: {count}, without names; give them with --class-names")
     say(f"converted: {folder}  (try: {following})")
+    return 0
+
+
+@verb
+def export(
+    weights: Weights,
+    /,
+    *,
+    to: Annotated[tuple[Literal["onnx", "openvino"], ...], flag("{onnx,openvino}...", None)] = ("onnx",),
+    out: Folder = Path("deploy"),
+    input_type: Annotated[Literal["float32", "uint8"], flag("{float32,uint8}", None), tyro.conf.arg(name="input")] = (
+        "float32"
+    ),
+    dynamic_size: Switch = False,
+    raw: Switch = False,
+    half: Switch = False,
+    verify: OptionalText = None,
+) -> int:
+    """Export a model to a file that runs without PyTorch.
+
+    Post-processing is part of the file, which is verified before the command returns: on real images, alone and in
+    batches, it must keep the same boxes as PyTorch. `refinedet predict` and `refinedet evaluate` take it as WEIGHTS.
+
+    Args:
+        weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or a hub id.
+        to: Formats: ONNX (model.onnx) or OpenVINO (model.xml and model.bin).
+        out: Folder for the files.
+        input_type: Type of the graph's input, resized RGB images in 0..255: float32 gives the boxes of PyTorch, uint8
+            rounds pixels to whole numbers.
+        dynamic_size: Let the height and width of the input be any multiples of 64.
+        raw: Leave out post-processing: the outputs are the offsets and logits of both stages.
+        half: Store the weights of OpenVINO files as float16.
+        verify: Folder or pattern of images to verify on (default: example photos and crowded scenes made of them).
+    """
+    folder = user_path(out)
+
+    from refinedet.deploy.export import check_target
+    from refinedet.deploy.export import export as export_model
+    from refinedet.detector import RefineDet
+
+    targets = [folder / EXPORTED_FILES[name] for name in dict.fromkeys(to)]
+    for target in targets:
+        check_target(target, half=half and target.suffix == ".xml")
+    detector = RefineDet.from_pretrained(weights)
+    for target in targets:
+        checked = export_model(
+            detector,
+            target,
+            input_type=input_type,
+            dynamic_size=dynamic_size,
+            raw=raw,
+            half=half and target.suffix == ".xml",
+            images=verify,
+        )
+        say(f"{target}: {checked.summary()}")
+        for tie in checked.ties:
+            say(f"  tie: {tie}")
+    say(f"exported: {folder}  (try: refinedet predict {targets[0]} photo.jpg)")
     return 0
 
 
