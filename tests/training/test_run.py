@@ -219,6 +219,9 @@ def test_what_killed_trainings_left_is_cleared_and_nothing_else(tmp_path: Path) 
         (tmp_path / name).write_text("cut")
     (tmp_path / ".last.abcdefgh.part").mkdir()
     (tmp_path / ".last.abcdefgh.part/config.json").write_text("cut")
+    for name in ("..last.abcdefgh.part.1234.part", "..best.abcdefgh.part.previous"):  # inside the save of a model
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".model.safetensors.abcdefgh.part").write_text("cut")
     (tmp_path / ".last.old").mkdir()
     (tmp_path / ".last.old/config.json").write_text("last")  # killed between two renamings
     for name in (".hidden", "my.part", "notes.txt"):

@@ -236,7 +236,9 @@ class RunFolder:
             target, old = self.path / name, self.path / f".{name}{_OLD}"
             if old.is_dir() and not target.exists():
                 old.rename(target)
-            for left in (old, *self.path.glob(f".{name}.*{_PART}")):
+            # Writing a model makes further folders beside the unfinished one (weights/folder.py).
+            beside = self.path.glob(f"..{name}.*{_PART}*")
+            for left in (old, *self.path.glob(f".{name}.*{_PART}"), *beside):
                 if left.is_dir():
                     _discard(left, target)
 
