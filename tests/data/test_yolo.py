@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -259,6 +260,15 @@ def test_yaml_is_never_executed(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RefineDetError, match="not valid YAML"):
         open_dataset(root, "train")
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["data.yaml", "other.yml", "obj.data", "classes.txt"])
+def test_a_pipe_is_no_description(root: Path, name: str) -> None:
+    (root / "data.yaml").unlink(missing_ok=True)
+    os.mkfifo(root / name)
+    with pytest.raises(UsageError, match="not a dataset"):
+        open_dataset(root, "train")
 
 
 def test_yaml_bomb(root: Path) -> None:

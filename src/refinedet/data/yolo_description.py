@@ -227,6 +227,8 @@ for _prefix in ("!", "tag:yaml.org,2002:python"):
 
 
 def _read_text(file: Path) -> str:
+    if file.exists() and not file.is_file():
+        raise RefineDetError(f"{file}: not a regular file")  # opening a pipe would wait for its writer
     try:
         with file.open("rb") as stream:
             data = stream.read(_LARGEST_FILE + 1)
