@@ -13,7 +13,8 @@ from refinedet.data.layouts import open_dataset
 from refinedet.detector import RefineDet
 from refinedet.evaluation.evaluate import evaluate
 from refinedet.presets import PRESETS
-from refinedet.training import trainer
+from refinedet.training import data as training_data
+from refinedet.training.train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared_data]
 
@@ -23,7 +24,7 @@ def test_eight_photos_are_learned_by_heart(shared_data: Path, tmp_path: Path, mo
     everything = open_dataset(shared_data / "VOCdevkit", "train")
     small = [i for i, record in enumerate(everything.records) if 1 <= len(record.boxes) <= 4]
     eight = everything.subset(small[:8])
-    monkeypatch.setattr(trainer, "open_joined", lambda *_, **__: eight)
+    monkeypatch.setattr(training_data, "open_joined", lambda *_, **__: eight)
     still = AugmentConfig(
         photometric=False, expand_probability=0.0, crop=False, flip_probability=0.0, interpolations=("linear",)
     )
@@ -46,7 +47,7 @@ def test_eight_photos_are_learned_by_heart(shared_data: Path, tmp_path: Path, mo
         ),
         summary="eight photos",
     )
-    run = trainer.train(
+    run = train(
         preset,
         shared_data / "VOCdevkit",
         out=tmp_path / "run",
