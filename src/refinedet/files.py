@@ -199,7 +199,7 @@ def _check_creatable(path: Path, target: Path, failure: str = "cannot be written
     if not folder.is_dir():
         raise RefineDetError(f"{path}: {failure} ({folder}: there is a file of that name)")
     try:
-        os.unlink(_make_part(folder, target.name)[0])
+        Path(_make_part(folder, target.name)[0]).unlink(missing_ok=True)
     except OSError as error:
         raise RefineDetError(f"{path}: {failure} ({folder}: {failure_reason(error)})") from None
 
@@ -342,10 +342,10 @@ def json_text(content: dict[str, Any] | list[Any], signature: str, *, indent: in
     return text if isinstance(content, dict) else text + LIST_MARK
 
 
-def remove_stale_parts(folder: Path) -> int:
+def remove_stale_parts(folder: Path, *, settled: float = 5.0) -> int:
     """Remove the unfinished files that killed processes left in a folder; those of living writers stay.
 
-    A living writer holds a lock on its file.
+    A living writer holds a lock on its file; an empty one younger than ``settled`` seconds may not be locked yet.
 
     Returns:
         How many were removed.
@@ -364,8 +364,7 @@ def remove_stale_parts(folder: Path) -> int:
             try:
                 _lock(handle)
                 status = os.fstat(handle)
-                # One that was made a moment ago may not be locked yet.
-                if status.st_size or time.time() - status.st_mtime > 5:
+                if status.st_size or time.time() - status.st_mtime >= settled:
                     os.unlink(entry.path)
                     removed += 1
             finally:

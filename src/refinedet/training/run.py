@@ -231,7 +231,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what killed trainings left unfinished, and nothing else; needs the lock, for no writer may live."""
         for folder in (self.path, *(self.path / name for name in (LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER))):
-            remove_stale_parts(folder)
+            remove_stale_parts(folder, settled=0.0)  # under the lock of the run nobody is about to write
         for name in (LAST_FOLDER, BEST_FOLDER):
             target, old = self.path / name, self.path / f".{name}{_OLD}"
             if old.is_dir() and not target.exists():
