@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
@@ -21,11 +21,10 @@ from refinedet.files import user_path
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
 from refinedet.model.network import RefineDetNetwork, evaluation_view
-from refinedet.model.padded import PaddedArrays, unpad
+from refinedet.model.padded import PaddedArrays, finish, unpad
 from refinedet.model.postprocess import postprocess
-from refinedet.prediction import predict_ahead
+from refinedet.prediction import predict_ahead, predict_all
 from refinedet.preprocess import preprocess
-from refinedet.sources import holds_many
 from refinedet.weights.folder import ModelInfo, check_category_ids, check_class_names, read_model, write_model
 from refinedet.weights.store import find_model
 
@@ -184,12 +183,8 @@ class RefineDet:
             >>> model.predict(np.zeros((48, 64, 3), np.uint8)).image_size
             (64, 48)
         """
-        many = holds_many(source)
-        detections = self.stream(
-            source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels, precision=precision
-        )
-        results = list(detections)
-        return results if many else results[0]
+        model = _AtPrecision(self, precision)
+        return predict_all(model, source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels)
 
     __call__ = predict
 
@@ -206,8 +201,6 @@ class RefineDet:
 
         Takes and raises what ``predict`` does; images are decoded ahead in threads.
         """
-        if precision not in (None, *get_args(Precision)):
-            raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
         model = _AtPrecision(self, precision)
         for detections, _ in predict_ahead(
             model, sources, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels
@@ -266,9 +259,7 @@ class RefineDet:
         arrays = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels, found.counts))
         padded = PaddedArrays(*arrays)
         results = unpad(padded, images, (height, width), self.class_names, self.config.inference)
-        if sources is not None:
-            results = [replace(one, source=source) for one, source in zip(results, sources, strict=True)]
-        return results if threshold is None else [one.filter(threshold=threshold) for one in results]
+        return finish(results, threshold=threshold, sources=sources)
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None, half: bool = False) -> Path:
         """Write model.safetensors, config.json and, if given, README.md (the model card).
@@ -316,6 +307,10 @@ class _AtPrecision:
 
     detector: RefineDet
     precision: Precision | None
+
+    def __post_init__(self) -> None:
+        if self.precision not in (None, *get_args(Precision)):
+            raise UsageError(f"precision must be one of {', '.join(get_args(Precision))}, not {self.precision!r}")
 
     def predict_arrays(
         self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None

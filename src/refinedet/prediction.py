@@ -14,7 +14,7 @@ from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.detections import Detections, check_threshold
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.pixels import Pixels
-from refinedet.sources import OneImage, decode_ahead, list_images
+from refinedet.sources import OneImage, decode_ahead, holds_many, list_images
 
 
 class ArrayDetector(Protocol):
@@ -71,3 +71,18 @@ def predict_ahead(
             while readable:
                 # Popped, so that nothing here holds the pixels of an image that the caller is done with.
                 yield dataclasses.replace(answers.pop(), source=readable[-1][0].file), readable.pop()[1]
+
+
+def predict_all(
+    model: ArrayDetector,
+    source: object,
+    *,
+    threshold: float | None = DEFAULT_THRESHOLD,
+    batch_size: int = 8,
+    max_pixels: int | None = None,
+) -> Detections | list[Detections]:
+    """``predict_ahead`` to the end: one ``Detections`` for one image, a list where ``source`` holds many."""
+    many = holds_many(source)
+    road = predict_ahead(model, source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels)
+    results = [detections for detections, _ in road]
+    return results if many else results[0]

@@ -170,7 +170,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "finetune": Preset(
         model=_LIGHT,
-        # Chosen by trials on small datasets (docs/results.md, "Fine-tuning on small datasets").
+        # The backbone's share of the rate comes from trials, the rest from the light preset and from what a run may
+        # take (docs/results.md, "Fine-tuning on small datasets").
         train=TrainConfig(
             iterations=300,
             batch_size=16,

@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,10 +21,9 @@ from refinedet.dataclass_json import from_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import user_path
-from refinedet.model.padded import PaddedArrays, unpad
-from refinedet.prediction import predict_ahead
+from refinedet.model.padded import PaddedArrays, finish, unpad
+from refinedet.prediction import predict_ahead, predict_all
 from refinedet.preprocess import resize
-from refinedet.sources import holds_many
 
 METADATA_KEY = "refinedet"
 """Under this name the file holds everything about the model, as JSON."""
@@ -58,8 +56,8 @@ class Runtime:
     Args:
         path: a ``.onnx`` or ``.xml`` file that ``refinedet export`` wrote.
         threads: CPU threads; all that the machine has if None.
-        precision: "f32" computes as the file says. OpenVINO may be left to choose a faster one ("bf16"), which changes
-            scores in the third digit.
+        precision: "f32" computes as the file says. OpenVINO also takes "bf16", which is faster on some processors and
+            changes boxes and scores.
 
     Raises:
         UsageError: no such file, or the engine for it is not installed.
@@ -141,9 +139,7 @@ class Runtime:
         max_pixels: int | None = None,
     ) -> Any:
         """Detect objects in one image (a ``Detections``) or many (a list); arguments as of ``RefineDet.predict``."""
-        many = holds_many(source)
-        results = list(self.stream(source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels))
-        return results if many else results[0]
+        return predict_all(self, source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels)
 
     __call__ = predict
 
@@ -189,9 +185,7 @@ class Runtime:
             )
         padded = PaddedArrays(outputs.boxes, outputs.scores, outputs.labels, outputs.num_detections)
         results = unpad(padded, images, input_size, self.class_names, self.config.inference)
-        if sources is not None:
-            results = [replace(one, source=source) for one, source in zip(results, sources, strict=True)]
-        return results if threshold is None else [one.filter(threshold=threshold) for one in results]
+        return finish(results, threshold=threshold, sources=sources)
 
 
 def _package(name: str, extra: str, file: Path) -> Any:

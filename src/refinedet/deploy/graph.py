@@ -18,7 +18,7 @@ InputType = Literal["float32", "uint8"]
 
 ROUNDS = 32
 """Rounds of suppression in a graph. The greedy outcome of an image needs as many rounds as its longest chain of boxes
-that suppress each other in turn, plus one; photos of VOC and COCO need at most 12."""
+that suppress each other in turn, plus one; verification shows whether these are enough, and ``settled`` at run time."""
 
 
 class GraphDetections(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,3 +54,12 @@ def unpad(
             Detections(boxes=boxes, scores=scores, labels=labels, class_names=class_names, image_size=(columns, rows))
         )
     return results
+
+
+def finish(
+    results: list[Detections], *, threshold: float | None, sources: Sequence[str | None] | None
+) -> list[Detections]:
+    """Name the file of each image, if given, and keep the detections that score at least ``threshold``."""
+    if sources is not None:
+        results = [replace(one, source=source) for one, source in zip(results, sources, strict=True)]
+    return results if threshold is None else [one.filter(threshold=threshold) for one in results]
