@@ -38,7 +38,6 @@ def ranks(launcher: subprocess.Popen[str]) -> list[int]:
     return [int(line) for line in listed.stdout.split()]
 
 
-@pytest.mark.skipif(os.environ.get("CI") == "true", reason="minutes of restarts, run by hand: make test-slow")
 @pytest.mark.slow  # seven starts of torch
 @pytest.mark.timeout(1200)
 def test_a_rank_that_is_killed_three_times_changes_nothing(voc_folder: FolderFactory, tmp_path: Path) -> None:
