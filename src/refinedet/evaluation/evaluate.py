@@ -130,6 +130,7 @@ def evaluate(
     detections = collect_detections(
         runner, dataset, indices, batch_size=batch_size, threads=threads, threshold=threshold, on_progress=on_progress
     )
+    seconds = time.perf_counter() - began  # before the images of a run are counted, which reads its annotations
     settings = EvaluationSettings(
         model=detector.config,
         weights=weights,
@@ -141,7 +142,7 @@ def evaluate(
         left_out=left_out,
         run="" if run is None else str(run.folder),
         trained_on=None if run is None else run.count_trained_on(dataset, indices),
-        seconds_per_image=(time.perf_counter() - began) / max(1, len(indices)),
+        seconds_per_image=seconds / max(1, len(indices)),
         provenance=Provenance.now(getattr(detector, "device", "")),
     )
     return evaluate_detections(dataset, detections, metric, settings=settings)
