@@ -108,8 +108,7 @@ def evaluate(
         data, metric = _held_out(run, metric)
     metric = check_metric(metric or "voc07")
     detector, weights = _load(model, device)
-    dataset = data
-    if not isinstance(dataset, DetectionDataset):
+    if not isinstance(dataset := data, DetectionDataset):
         dataset = open_evaluation_data(
             dataset, split, detector, shared_classes=shared_classes, allow_outside=allow_outside
         )
