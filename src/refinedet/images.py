@@ -25,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.fetch import fetch, is_address
 from refinedet.pixels import Pixels, array_pixels, is_tensor, rgb_pixels, tensor_pixels
+from refinedet.text import reason
 
 if TYPE_CHECKING:
     import torch
@@ -180,7 +181,7 @@ def read_file(file: ReadableFile, name: str) -> bytes:
     try:
         content = file.read()
     except (OSError, ValueError) as error:  # a closed file raises ValueError
-        raise RefineDetError(f"{name}: cannot be read ({_one_line(error)})") from None
+        raise RefineDetError(f"{name}: cannot be read ({reason(error, 300)})") from None
     if not isinstance(content, bytes):
         raise UsageError(f"{name}: opened as text; open it with mode 'rb'")
     return content
@@ -278,14 +279,10 @@ def _no_memory(image: Image.Image, name: str) -> RefineDetError:
 
 
 def _unreadable(name: str, error: Exception) -> RefineDetError:
-    text = _one_line(error)
+    text = reason(error, 300)
     if "truncated" in text.lower() or isinstance(error, EOFError):
         return RefineDetError(f"{name}: image is truncated; restore the file or remove it from the data")
     return RefineDetError(f"{name}: image is damaged ({text}); restore the file or remove it from the data")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
@@ -330,5 +327,5 @@ def _image_pixels(
         raise _no_memory(image, name) from None
     except (OSError, ValueError, TypeError) as error:
         raise RefineDetError(
-            f"{name}: cannot be converted to RGB from mode {image.mode} ({_one_line(error)})"
+            f"{name}: cannot be converted to RGB from mode {image.mode} ({reason(error, 300)})"
         ) from None

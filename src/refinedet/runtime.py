@@ -24,6 +24,7 @@ from refinedet.files import user_path
 from refinedet.model.padded import PaddedArrays, finish, unpad
 from refinedet.prediction import predict_ahead, predict_all
 from refinedet.preprocess import resize
+from refinedet.text import reason
 
 METADATA_KEY = "refinedet"
 """Under this name the file holds everything about the model, as JSON."""
@@ -209,7 +210,7 @@ class _OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no common class but Exception
-            raise RefineDetError(f"{file}: not a readable ONNX file ({_reason(error)})") from None
+            raise RefineDetError(f"{file}: not a readable ONNX file ({reason(error, 200)})") from None
         self._file = file
         self._input = self._session.get_inputs()[0].name
         self.metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY, "")
@@ -218,7 +219,7 @@ class _OnnxRuntime:
         try:
             results: list[npt.NDArray[Any]] = self._session.run(None, {self._input: images})
         except Exception as error:
-            raise RefineDetError(f"{self._file}: the graph refused {_kind(images)} ({_reason(error)})") from None
+            raise RefineDetError(f"{self._file}: the graph refused {_kind(images)} ({reason(error, 200)})") from None
         return results
 
 
@@ -239,21 +240,16 @@ class _OpenVino:
             rt_info = model.get_rt_info()
             self.metadata = str(model.get_rt_info([METADATA_KEY]).value) if METADATA_KEY in rt_info else ""
         except Exception as error:
-            raise RefineDetError(f"{file}: not a readable OpenVINO model ({_reason(error)})") from None
+            raise RefineDetError(f"{file}: not a readable OpenVINO model ({reason(error, 200)})") from None
         self._file = file
 
     def run(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         try:
             results = self._compiled([images])
         except Exception as error:
-            raise RefineDetError(f"{self._file}: the graph refused {_kind(images)} ({_reason(error)})") from None
+            raise RefineDetError(f"{self._file}: the graph refused {_kind(images)} ({reason(error, 200)})") from None
         return [np.array(results[output]) for output in self._compiled.outputs]
 
 
 def _kind(images: npt.NDArray[Any]) -> str:
     return f"a batch of shape {'x'.join(map(str, images.shape))} and type {images.dtype}"
-
-
-def _reason(error: Exception) -> str:
-    """One short line of an engine's message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Text that comes from outside (file names, class names), made harmless where it is shown."""
+"""Text that comes from outside (file names, class names, messages of libraries), made harmless where it is shown."""
 
 from __future__ import annotations
 
@@ -29,3 +29,23 @@ def printable(text: str) -> str:
         else letter
         for letter in text
     )
+
+
+def cut(text: str, most: int) -> str:
+    """The same text, or its beginning with "..." behind it where it has more than ``most`` characters.
+
+    Example:
+        >>> cut("abcdefgh", 6)
+        'abc...'
+    """
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def reason(error: Exception, most: int) -> str:
+    r"""The message of another library's error in one line of at most ``most`` characters, or its class if it has none.
+
+    Example:
+        >>> reason(OSError("first\nsecond"), 80), reason(OSError(), 80)
+        ('first second', 'OSError')
+    """
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -17,6 +17,7 @@ from refinedet.data.records import DetectionDataset, Layout, ReadRequest
 from refinedet.data.splits import choose_split
 from refinedet.errors import UsageError
 from refinedet.files import user_path
+from refinedet.text import cut
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (voc.LAYOUT, coco.LAYOUT, yolo.LAYOUT)}
 """By name, in the order in which they are tried."""
@@ -138,7 +139,7 @@ def _recognise(root: Path) -> Layout:
         if not root.exists():
             raise UsageError(f"{root}: no such folder")
     except OSError as error:  # a part of more than 255 bytes, links in a circle
-        raise UsageError(f"{_cut(str(root))}: no such folder ({error.strerror})") from None
+        raise UsageError(f"{cut(str(root), 200)}: no such folder ({error.strerror})") from None
     for evidence in ("recognises", "resembles"):
         for layout in LAYOUTS.values():
             is_in_layout = getattr(layout, evidence)
@@ -168,13 +169,9 @@ def _check_names(class_names: Sequence[str]) -> tuple[str, ...]:
             raise UsageError(f"class names must be texts on one line, but {short_repr(name)} {fault}")
     if not names or len(set(names)) != len(names):
         raise UsageError(
-            f"class names must be different from each other and at least one, not {_cut(repr(list(names)))}"
+            f"class names must be different from each other and at least one, not {cut(repr(list(names)), 200)}"
         )
     return names
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 _PART = re.compile(r"(?P<whole>[^\[\]]*)\[(?P<first>-?\d{1,18}%?)?:(?P<last>-?\d{1,18}%?)?\]")

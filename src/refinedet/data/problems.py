@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from refinedet.errors import RefineDetError, UsageError, did_you_mean
+from refinedet.text import cut
 
 
 @dataclass(frozen=True)
@@ -191,5 +192,4 @@ _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
 
 def short_repr(value: object) -> str:
     """A value of a file for a message: its ``repr``, which has no line breaks or control characters, cut where long."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return cut(_REPR.repr(value), 200)

@@ -29,6 +29,7 @@ from refinedet.data.voc_folders import VocContents, VocFolder, find_folders, fin
 from refinedet.data.voc_xml import VocAnnotation, parse_annotation
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import is_image_name, read_image_size
+from refinedet.text import cut
 
 _RULES = BoxRules(min_side=1.0)
 """Inclusive corners that coincide would be one pixel: a stray click of the annotator, never an object."""
@@ -221,7 +222,7 @@ class _FolderReader:
         if fitting and fitting[0].stem == path.stem:
             stated = Path(filename).stem if is_image_name(filename) else filename
             if filename and stated != path.stem:
-                message = f"<filename> is '{_cut(filename)}'; {fitting[0].name} is used, which has the same stem"
+                message = f"<filename> is '{cut(filename, 80)}'; {fitting[0].name} is used, which has the same stem"
                 self.log.note(path, message, NAME_DIFFERS)
             return fitting[0]
         by_name = self.contents.images_by_name.get(filename, [])
@@ -285,7 +286,7 @@ def _read_unannotated(
             images = part.images.get(key)
             try:
                 if images is None:
-                    missing = part.folder.images / f"{_cut(key)}.jpg"
+                    missing = part.folder.images / f"{cut(key, 80)}.jpg"
                     raise FaultyFileError(missing, "no such image file, but the split lists it")
                 try:
                     size = read_image_size(images[0])
@@ -299,10 +300,6 @@ def _read_unannotated(
             seen.add(str(records[-1].image_id))
     classes = request.class_names or VOC_CLASSES
     return DetectionDataset(records, classes, "voc", request.split, request.path, annotated=False)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _recognises(path: Path) -> bool:

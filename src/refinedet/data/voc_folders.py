@@ -18,6 +18,7 @@ from refinedet.data.problems import LISTED_TWICE, ProblemLog
 from refinedet.data.voc_xml import is_annotation
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import is_image_name
+from refinedet.text import cut
 
 _LARGEST_LIST = 256_000_000
 """Bytes of a split file; a million names have about twenty million."""
@@ -209,7 +210,7 @@ class VocContents:
             if not key:
                 continue
             if key in keys:
-                log.note(file, f"'{_cut(key)}' is listed twice; read once", LISTED_TWICE)
+                log.note(file, f"'{cut(key, 80)}' is listed twice; read once", LISTED_TWICE)
             keys[key] = None
         return list(keys)
 
@@ -263,7 +264,3 @@ def list_contents(folder: VocFolder) -> VocContents:
             contents.second_annotations.append(file)
     contents.annotations = dict(sorted(contents.annotations.items()))
     return contents
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

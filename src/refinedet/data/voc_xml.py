@@ -19,6 +19,7 @@ from defusedxml.common import DefusedXmlException
 
 from refinedet.data.classes import fault_of_name
 from refinedet.data.problems import NO_BOX, ODD_VALUE, SECOND_BOX, FaultyFileError, ProblemKind
+from refinedet.text import cut
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -264,6 +265,5 @@ def _as_number(path: Path, where: str, tag: str, text: str | None) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        shown = text if len(text) <= 40 else text[:37] + "..."
-        raise FaultyFileError(path, f"{where}: <{tag}> is '{shown}', not a number")
+        raise FaultyFileError(path, f"{where}: <{tag}> is '{cut(text, 40)}', not a number")
     return value
