@@ -19,8 +19,8 @@ from refinedet.data.records import DetectionDataset
 from refinedet.data.splits import choose_split
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import make_folder, write_text
+from refinedet.training.run import HELD_OUT_LIST, TRAIN_LIST
 
-SPLIT_FOLDER, TRAIN_LIST, HELD_OUT_LIST = "split", "train.txt", "held_out.txt"
 _NO_SPLIT = ("", "none")
 _USUAL = ("train", "val", "trainval", "test")
 """Splits that presets name: in data without them others are taken, unless the user asked for them himself."""
@@ -74,10 +74,9 @@ class TrainingData:
             RefineDetError: the files cannot be written.
         """
         if self.division is not None:
-            make_folder(run_folder / SPLIT_FOLDER)
             for name, part in ((TRAIN_LIST, self.train), (HELD_OUT_LIST, self.division.held_out)):
-                text = "".join(f"{name}\n" for name in image_names(part))
-                write_text(run_folder / SPLIT_FOLDER / name, text)
+                make_folder((run_folder / name).parent)
+                write_text(run_folder / name, "".join(f"{image}\n" for image in image_names(part)))
 
 
 def open_training_data(choice: DataChoice, settings: TrainConfig) -> TrainingData:
@@ -124,7 +123,7 @@ def reopen_training_data(choice: DataChoice, settings: TrainConfig, run_folder: 
     if settings.evaluate_split in _NO_SPLIT:
         return TrainingData(train, None, settings.train_split, "none", notes=notes)
     if settings.evaluate_split == HELD_OUT:
-        division = divide_by_names(train, _read_list(run_folder / SPLIT_FOLDER / HELD_OUT_LIST))
+        division = divide_by_names(train, _read_list(run_folder / HELD_OUT_LIST))
         return TrainingData(division.train, division.held_out, settings.train_split, HELD_OUT, division, notes)
     named = replace(choice, class_names=classes)
     paths = choice.evaluate_paths or choice.paths

@@ -84,9 +84,7 @@ def fitted(preset: Preset, images: DetectionDataset, given: Collection[str], epo
 
 def _with_length(train: TrainConfig, iterations: int, given: Collection[str]) -> TrainConfig:
     """``with_iterations``, but what the user gave of the schedule stays as it is."""
-    kept = {
-        name: getattr(train, name) for name in ("warmup_iterations", "milestones", "size_schedule") if name in given
-    }
+    kept = {name: getattr(train, name) for name in _SCHEDULE if name in given}
     return dataclasses.replace(with_iterations(train, iterations), **kept)
 
 
