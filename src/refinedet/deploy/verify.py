@@ -42,7 +42,9 @@ class Verification:
     batches: tuple[int, ...] = BATCHES
     """Batch sizes at which each was compared."""
     detections: int = 0
-    """Detections that both have."""
+    """Detections that both have; of a raw file, the anchors whose outputs were compared."""
+    compared: str = "detections"
+    """What ``detections`` counts, in a word."""
     box_difference: float = 0.0
     """Largest difference of a corner, in pixels of the network input."""
     score_difference: float = 0.0
@@ -56,7 +58,7 @@ class Verification:
         """One line."""
         sizes = ", ".join(map(str, self.batches))
         return (
-            f"verified on {self.images} images at batch {sizes}: {self.detections} detections equal, boxes within "
+            f"verified on {self.images} images at batch {sizes}: {self.detections} {self.compared} equal, boxes within "
             f"{self.box_difference:.2g} px, scores within {self.score_difference:.2g}, ties: {len(self.ties)}"
         )
 
@@ -121,7 +123,7 @@ def verify(model: RefineDet, exported: Runtime, images: Sequence[Pixels]) -> Ver
     Raises:
         RefineDetError: a difference that rounding does not explain.
     """
-    result = Verification(images=len(images))
+    result = Verification(images=len(images), compared="anchors" if exported.raw else "detections")
     references = [] if exported.raw else [_reference(model, exported, image) for image in images]
     for size in BATCHES:
         for first in range(0, len(images), size):
