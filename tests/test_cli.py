@@ -199,13 +199,16 @@ def test_train_defaults_are_those_of_the_preset(name: str, trainer: list[Any]) -
 
 
 def test_train_needs_no_preset(trainer: list[Any]) -> None:
-    command = "train --data a --minutes 20 --classes cat,dog --evaluate-data b --group-by (.*)_ --skip-broken"
+    command = (
+        "train --data a --minutes 20 --classes cat,dog --evaluate-data b --group-by (.*)_ --skip-broken "
+        "--loggers wandb mlflow"
+    )
     assert cli.main(command.split()) == 0
     preset, _, rest = trainer[0]
     assert preset == PRESETS["finetune"]
     assert rest["out"] == Path("runs/finetune")
     assert (rest["minutes"], rest["classes"], rest["evaluate_data"]) == (20.0, ("cat", "dog"), ["b"])
-    assert (rest["group_by"], rest["skip_broken"]) == ("(.*)_", True)
+    assert (rest["group_by"], rest["skip_broken"], rest["loggers"]) == ("(.*)_", True, ("wandb", "mlflow"))
 
 
 def test_a_flag_with_the_value_of_the_preset_counts_as_given() -> None:
@@ -232,14 +235,16 @@ def test_train_from_a_detector(trainer: list[Any]) -> None:
 
 def test_train_resume(trainer: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--resume", str(tmp_path), "--device", "cpu"]) == 0
-    rest = {"data": None, "workers": None, "device": "cpu", "iterations": None, "epochs": None}
+    rest = {"data": None, "workers": None, "device": "cpu", "iterations": None, "epochs": None, "loggers": ()}
     assert trainer == [(tmp_path, rest)]
     capsys.readouterr()
     assert "no such run folder" in refused(capsys, ["train", "--resume", tmp_path / "absent"])
     assert "--batch-size" in refused(capsys, ["train", f"--resume={tmp_path}", "--batch-size", "5"])
     assert len(trainer) == 1
-    assert cli.main(["train", "--resume", str(tmp_path), "--iterations", "50", "--data", "b"]) == 0
-    assert (trainer[1][1]["iterations"], trainer[1][1]["data"]) == (50, ("b",))
+    command = ["train", "--resume", str(tmp_path), "--iterations", "50", "--data", "b", "--loggers", "wandb"]
+    assert cli.main(command) == 0
+    rest = trainer[1][1]
+    assert (rest["iterations"], rest["data"], rest["loggers"]) == (50, ("b",), ("wandb",))
 
 
 def test_only_the_first_process_talks(

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.loggers import ConsoleLogger, CsvLogger, LoggerGroup, TensorBoardLogger
+from refinedet.loggers import ConsoleLogger, CsvLogger, LoggerGroup
 
 
 class Terminal(io.StringIO):
@@ -150,17 +149,3 @@ def test_console_bar() -> None:
     log.close()
     assert "10/10" in stream.getvalue()
     assert "loss 1.50  mAP 25.0" in stream.getvalue()
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    log = TensorBoardLogger(tmp_path / "tb")
-    log.log(1, {"loss": 1.5})
-    log.close()
-    assert list((tmp_path / "tb").glob("events.out.tfevents.*"))
-
-
-def test_tensorboard_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UsageError, match=r"pip install 'refinedet\[tensorboard\]'"):
-        TensorBoardLogger(tmp_path)

@@ -1,4 +1,7 @@
-"""Where the numbers of a training go: the console, a CSV file, TensorBoard, all behind one small protocol."""
+"""Where the numbers of a training go: the console, a CSV file and other loggers, all behind one small protocol.
+
+Those that send the numbers to other programs are in ``trackers.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import failure_reason, write_text
@@ -61,7 +64,7 @@ class LoggerGroup:
     def close(self) -> None:
         """Close every logger, in order."""
         for logger in self.loggers:
-            with contextlib.suppress(OSError):  # what could not be written before cannot be now
+            with contextlib.suppress(RefineDetError, OSError):  # what could not be written before cannot be now
                 logger.close()
 
     def __enter__(self) -> LoggerGroup:
@@ -243,32 +246,3 @@ def _csv_line(cells: Sequence[str]) -> str:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()
-
-
-class TensorBoardLogger:
-    """Scalars for TensorBoard (needs the extra ``refinedet[tensorboard]``).
-
-    Args:
-        folder: Where the event files go; created if needed.
-        resume_step: None for a new run; otherwise TensorBoard hides what was logged after this iteration.
-
-    Raises:
-        UsageError: tensorboard is not installed.
-    """
-
-    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UsageError("TensorBoard is not installed: pip install 'refinedet[tensorboard]'") from None
-        purge = None if resume_step is None else resume_step + 1
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One scalar per name."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, float(value), step)
-
-    def close(self) -> None:
-        """Write out and close the event file."""
-        self._writer.close()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from conftest import FolderFactory
+from refinedet import trackers
 from refinedet.config import ModelConfig, Preset, TrainConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
@@ -194,6 +196,32 @@ def test_what_went_wrong_in_a_log_is_one_warning(
     run = train(preset, voc_folder(), out=tmp_path / "run", init_weights="random", device="cpu", loggers=[Broken()])
     assert run.finished
     assert caplog.text.count("No space left on device; the training continues without this log") == 1
+
+
+def test_a_resumed_run_goes_on_with_the_loggers_it_began_with(
+    voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Tracker:
+        def __init__(self, folder: Path, *, resume_step: int | None, settings: Any) -> None:
+            seen.append((folder, resume_step, settings["train"]["iterations"]))
+
+        def log(self, step: int, values: Any) -> None:
+            seen.append(step)
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Tracker)
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    preset, out = tiny(iterations=2, log_every=1, evaluate_split="none"), tmp_path / "run"
+    with pytest.raises(UsageError, match="unknown logger 'wandbb': did you mean 'wandb'"):
+        train(preset, voc_folder(), out=out, loggers=["wandbb"])
+    assert not out.exists()
+    train(preset, voc_folder(), out=out, init_weights="random", device="cpu", loggers=["wandb"])
+    resume(out, iterations=3, device="cpu")
+    assert seen == [(out / "wandb", None, 2), 1, 2, "closed", (out / "wandb", 2, 3), 3, "closed"]
 
 
 def test_worker_processes_do_not_change_the_outcome(voc_folder: FolderFactory, tmp_path: Path) -> None:

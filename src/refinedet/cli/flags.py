@@ -46,6 +46,7 @@ OptionalText = tyro.conf.DisallowNone[Annotated[str | None, flag("TEXT")]]
 OptionalCount = tyro.conf.DisallowNone[Annotated[int | None, flag("INT")]]
 OptionalNumber = tyro.conf.DisallowNone[Annotated[float | None, flag("N")]]
 ClassNames = tyro.conf.DisallowNone[Annotated[str | None, flag("A,B,...")]]
+LoggerNames = Annotated[tuple[str, ...], flag("NAME...")]
 Training = Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 

@@ -13,6 +13,7 @@ from refinedet.cli.flags import (
     DataPaths,
     Device,
     Folder,
+    LoggerNames,
     OptionalCount,
     OptionalFolder,
     OptionalNumber,
@@ -53,6 +54,7 @@ on. PRESET sets the defaults of all options (refinedet models).
   --model.image-size H W   size that images are resized to, multiples of 64
   --classes A,B,...        train on some of the classes of the data
   --evaluate-data DATA     other data to measure on; or --evaluate-split SPLIT
+  --loggers NAME...        also log to wandb (Weights & Biases) or mlflow
   --device DEVICE          cpu, cuda, mps, or auto (a GPU if there is one)
   --resume RUN             continue a run, bit for bit; longer with --iterations
 
@@ -99,6 +101,7 @@ def train(
     class_names: ClassNames = None,
     group_by: OptionalText = None,
     skip_broken: Switch = False,
+    loggers: LoggerNames = (),
     device: Device = "auto",
     settings: Training = TrainConfig(),  # noqa: B008 (frozen)
     model: ModelConfig = ModelConfig(),  # noqa: B008
@@ -115,8 +118,8 @@ def train(
         preset: Where the defaults come from; `refinedet models` lists the presets.
         data: Folders or files of annotated images (Pascal VOC, COCO JSON or YOLO); several are trained on together.
         out: Run folder for configuration, metrics, weights and checkpoints (default: runs/PRESET).
-        resume: Continue the training of this run folder; goes with --iterations, --epochs, --data, --workers and
-            --device only.
+        resume: Continue the training of this run folder; goes with --iterations, --epochs, --data, --workers,
+            --loggers and --device only.
         init_weights: ImageNet weights of the backbone: a file (docs/weights.md lists the formats), 'torchvision' to
             download them, or 'random'.
         init: A detector to start from instead: a bundled model, a run folder, a folder of weights, or hf:owner/name.
@@ -128,6 +131,7 @@ def train(
         class_names: Names separated by commas, in the order of their labels (default: those of the data).
         group_by: Regular expression. Images whose file names have the same match are held out together or not at all.
         skip_broken: Go on without images that cannot be read, and list them.
+        loggers: Log to these too: wandb, mlflow, tensorboard. Each needs the extra of its name.
         device: cpu, cuda, mps, or auto (a GPU if there is one).
         settings: Training.
         model: Model.
@@ -158,6 +162,7 @@ def train(
         minutes=minutes,
         device=device,
         init=init,
+        loggers=loggers,
         **changes,
     )
     return _trained(run_folder)
@@ -170,6 +175,7 @@ def resume_run(
     iterations: OptionalCount = None,
     epochs: OptionalNumber = None,
     workers: OptionalCount = None,
+    loggers: LoggerNames = (),
     device: Device = "auto",
 ) -> int:
     """Continue a training with the settings of its run folder.
@@ -180,6 +186,7 @@ def resume_run(
         iterations: Another length of the training, also of one that is finished; the schedule keeps its shares.
         epochs: The same as a number of times that every image is shown.
         workers: Processes per trainer that load and augment images (default: as the run began).
+        loggers: Log to these too, besides those that the run began with: wandb, mlflow, tensorboard.
         device: cpu, cuda, mps, or auto (a GPU if there is one).
     """
     folder = user_path(resume)
@@ -188,7 +195,15 @@ def resume_run(
 
     from refinedet.training.train import resume as resume_training
 
-    resume_training(folder, data=data or None, iterations=iterations, epochs=epochs, workers=workers, device=device)
+    resume_training(
+        folder,
+        data=data or None,
+        iterations=iterations,
+        epochs=epochs,
+        workers=workers,
+        loggers=loggers,
+        device=device,
+    )
     return _trained(folder)
 
 

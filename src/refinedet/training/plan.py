@@ -25,6 +25,7 @@ from refinedet.model.network import RefineDetNetwork
 from refinedet.presets import PRESETS, get_preset
 from refinedet.provenance import Provenance
 from refinedet.schedule import change_preset, check_minutes, iterations_of_epochs, with_iterations
+from refinedet.trackers import check_trackers
 from refinedet.training.data import DataChoice, TrainingData
 from refinedet.training.data_check import require_few_repairs, require_measurable, require_objects
 from refinedet.training.distributed import World
@@ -128,6 +129,8 @@ class Call:
     """See ``train``."""
     criterion: Callable[[ModelConfig], nn.Module] | None
     """See ``train``."""
+    loggers: tuple[str, ...] = ()
+    """Those that were given by name."""
 
     def __post_init__(self) -> None:
         """Fill in the start of the preset, and refuse contradictions.
@@ -176,6 +179,7 @@ class Call:
             classes=choice.classes,
             group_by=choice.group_by,
             skip_broken=choice.skip_broken,
+            loggers=self.loggers,
             provenance=Provenance.now(device),
         )
 
@@ -240,14 +244,25 @@ class Ends:
     stop: Callable[[], bool] | None
     """See ``train``."""
     loggers: tuple[Logger, ...]
-    """See ``train``."""
+    """Those that were given as objects."""
+    names: tuple[str, ...]
+    """Of the loggers that were given by name."""
 
     @classmethod
     def of(
         cls,
         stop: Callable[[], bool] | None,
-        loggers: Sequence[Logger],
+        loggers: Sequence[Logger | str],
         on_log: Callable[[int, Mapping[str, float]], None] | None,
+        begun: Sequence[str] = (),
     ) -> Ends:
-        """Of the arguments of ``train``."""
-        return cls(stop, (*loggers, *(() if on_log is None else (CallbackLogger(on_log),))))
+        """Of the arguments of ``train``, and the names of the loggers that a run began with.
+
+        Raises:
+            UsageError: a logger is unknown, or its package is missing.
+        """
+        given = [loggers] if isinstance(loggers, str) else loggers
+        names = tuple(dict.fromkeys([*begun, *(logger for logger in given if isinstance(logger, str))]))
+        check_trackers(names)
+        objects = [logger for logger in given if not isinstance(logger, str)]
+        return cls(stop, (*objects, *(() if on_log is None else (CallbackLogger(on_log),))), names)

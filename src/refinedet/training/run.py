@@ -4,7 +4,7 @@ A run folder holds
 
 * config.json: all that decides the outcome of the training; paths are absolute;
 * data.json: the names and digests of the images, by which a resumed run sees whether the data is still the same;
-* metrics.csv, and events for TensorBoard;
+* metrics.csv, and folders of TensorBoard and of other loggers (``trackers.py``);
 * last.ckpt and previous.ckpt: the last two checkpoints, each with all that ``resume`` needs and a checksum;
 * last/ and best/: weights with config and model card, replaced as a whole;
 * report/: the final evaluation.
@@ -41,7 +41,7 @@ if sys.platform != "win32":
 CONFIG_FILE, DATA_FILE, METRICS_FILE = "config.json", "data.json", "metrics.csv"
 CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE = "last.ckpt", "previous.ckpt"
 TRAIN_LIST, HELD_OUT_LIST = "split/train.txt", "split/held_out.txt"
-LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER, TENSORBOARD_FOLDER = "last", "best", "report", "tensorboard"
+LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER = "last", "best", "report"
 _MODEL_FILES = frozenset({"model.safetensors", "config.json", "README.md"})
 RUN_FILES = (
     *(CONFIG_FILE, DATA_FILE, METRICS_FILE, TRAIN_LIST, HELD_OUT_LIST),
@@ -74,6 +74,8 @@ class RunConfig:
     """How images were kept together when some were held out."""
     skip_broken: bool = False
     """Whether images that cannot be read are left out."""
+    loggers: tuple[str, ...] = ()
+    """Names of loggers in ``trackers.TRACKERS`` that were asked for, which ``resume`` goes on with."""
     provenance: Provenance = field(default_factory=Provenance)
     """Program, machine, command and time of the start."""
 
@@ -128,6 +130,14 @@ class RunFolder:
     def report(self) -> Path:
         """Folder of the final evaluation."""
         return self.path / REPORT_FOLDER
+
+    def recorded_images(self, part: str) -> dict[str, str]:
+        """Digests of the images of "train" or "evaluation" when the run began; nothing if they cannot be read."""
+        try:
+            images: Any = read_json(self.data)[part]
+        except (RefineDetError, KeyError, TypeError):
+            return {}
+        return images if isinstance(images, dict) else {}
 
     def has_checkpoint(self) -> bool:
         """Whether a training has saved something there."""

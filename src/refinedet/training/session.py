@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +20,11 @@ from refinedet.evaluation.evaluate import collect_detections, evaluate_detection
 from refinedet.evaluation.page import write_page
 from refinedet.evaluation.report import Report
 from refinedet.evaluation.settings import EvaluationSettings
-from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup, TensorBoardLogger
+from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup
 from refinedet.model.network import RefineDetNetwork
 from refinedet.provenance import Provenance
 from refinedet.schedule import change_preset, iterations_of_epochs
+from refinedet.trackers import open_trackers
 from refinedet.training.batches import Batch, explain_loader, training_batches
 from refinedet.training.card import model_card
 from refinedet.training.data import TrainingData
@@ -32,7 +32,7 @@ from refinedet.training.distributed import World, share_of
 from refinedet.training.loss import RefineDetLoss
 from refinedet.training.optim import build_optimizer
 from refinedet.training.pace import seconds_per_iteration
-from refinedet.training.run import BEST_FOLDER, LAST_FOLDER, TENSORBOARD_FOLDER, RunConfig, RunFolder
+from refinedet.training.run import BEST_FOLDER, LAST_FOLDER, RunConfig, RunFolder
 from refinedet.training.stopping import SignalGuard, TrainingStopped, either
 from refinedet.training.trainer import Trainer
 
@@ -193,13 +193,10 @@ class Session:
             return LoggerGroup([])
         iteration = self.trainer.iteration
         step = iteration or None
-        loggers: list[Logger] = [
-            ConsoleLogger(self.settings.iterations, start=iteration),
-            CsvLogger(self.folder.metrics, resume_step=step),
-        ]
-        with suppress(UsageError):  # TensorBoard is an extra; metrics.csv has the same numbers
-            loggers.append(TensorBoardLogger(self.folder.path / TENSORBOARD_FOLDER, resume_step=step))
-        return LoggerGroup([*loggers, *others])
+        # The trackers first: one that cannot be reached ends the training before the bar is on the screen.
+        trackers = open_trackers(self.config.loggers, self.folder.path, step, to_dict(self.config.preset))
+        console = ConsoleLogger(self.settings.iterations, start=iteration)
+        return LoggerGroup([console, CsvLogger(self.folder.metrics, resume_step=step), *trackers, *others])
 
     def _save(self) -> None:
         """Write last/ and last.ckpt."""
@@ -276,7 +273,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     """What must be equal for a training to go on: all that decides its outcome, but not where the data lies."""
     content: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
     del content["data"], content["preset"]["summary"]
-    for name in ("evaluate_data", "group_by", "provenance"):
+    for name in ("evaluate_data", "group_by", "loggers", "provenance"):
         del content[name]
     for name in ("workers", "keep_images"):
         del content["preset"]["train"][name]

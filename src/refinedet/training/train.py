@@ -27,7 +27,7 @@ from refinedet.dataclass_json import save_json
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.report import Report, names_of_report
-from refinedet.files import check_output_folder, read_json, user_path, write_text
+from refinedet.files import check_output_folder, user_path, write_text
 from refinedet.loggers import Logger
 from refinedet.model.network import RefineDetNetwork
 from refinedet.schedule import iterations_of_minutes, with_iterations
@@ -100,7 +100,7 @@ def train(
     init: str | Path | None = None,
     network: Callable[[ModelConfig], RefineDetNetwork] | None = None,
     criterion: Callable[[ModelConfig], nn.Module] | None = None,
-    loggers: Sequence[Logger] = (),
+    loggers: Sequence[Logger | str] = (),
     on_log: Callable[[int, Mapping[str, float]], None] | None = None,
     stop: Callable[[], bool] | None = None,
     **settings: Any,
@@ -133,7 +133,8 @@ def train(
         network: makes a network of your own from the model's configuration; it starts with the weights it is made with,
             or from ``init``. See examples/own_backbone.py.
         criterion: makes a loss of your own; see ``training.trainer.Criterion``.
-        loggers: receive the numbers of metrics.csv, in the first process only; closed at the end.
+        loggers: receive the numbers of metrics.csv, in the first process only; closed at the end. Objects, or the names
+            "wandb", "mlflow" and "tensorboard", which ``resume`` goes on with.
         on_log: called with the iteration and the numbers of each line of metrics.csv.
         stop: asked after every iteration but the last; once it says True (the time is up, say), everything is saved
             for ``resume`` and the call returns.
@@ -155,6 +156,7 @@ def train(
         (True, ('cat', 'dog'))
     """
     chosen = chosen_preset(preset, settings)
+    ends = Ends.of(stop, loggers, on_log)
     call = Call(
         preset=chosen,
         given=frozenset(settings),
@@ -175,9 +177,9 @@ def train(
         init=init,
         network=network,
         criterion=criterion,
+        loggers=ends.names,
     )
     folder = RunFolder(user_path(Path("runs") / name_of(preset) if out is None else out))
-    ends = Ends.of(stop, loggers, on_log)
     read = call.inputs
     with join_world(device) as world, SignalGuard() as signals, _told(folder, world), _writing(folder, world, read):
         return _train(call, folder, world, signals, ends)
@@ -230,7 +232,7 @@ def resume(
     iterations: int | None = None,
     epochs: float | None = None,
     device: str = "auto",
-    loggers: Sequence[Logger] = (),
+    loggers: Sequence[Logger | str] = (),
     on_log: Callable[[int, Mapping[str, float]], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Run:
@@ -244,7 +246,7 @@ def resume(
             goes on as if the run had had this length from the beginning.
         epochs: the same in epochs.
         device: "cpu", "cuda" or "auto".
-        loggers: as for ``train``.
+        loggers: as for ``train``, besides those of the run.
         on_log: as for ``train``.
         stop: as for ``train``.
 
@@ -256,7 +258,8 @@ def resume(
     if not folder.config.exists():
         raise UsageError(f"{folder.path}: no run there ({CONFIG_FILE} is missing)")
     config = read_run_config(folder.config)  # before the lock: a damaged file is called damaged, not foreign
-    ends = Ends.of(stop, loggers, on_log)
+    ends = Ends.of(stop, loggers, on_log, begun=config.loggers)
+    config = dataclasses.replace(config, loggers=ends.names)
     with join_world(device) as world, SignalGuard() as signals, _told(folder, world), _writing(folder, world):
         if data is not None:
             config = dataclasses.replace(config, data=texts(_absolute(data)))
@@ -279,7 +282,6 @@ def _go_on(
     folder: RunFolder, config: RunConfig, data: TrainingData, world: World, signals: SignalGuard, ends: Ends
 ) -> Run:
     """Continue from the last checkpoint that is whole, if config, data and checkpoint belong together."""
-    checkpoint = folder.path / CHECKPOINT_FILE
     state, warning = folder.load_checkpoint()
     if warning is not None and world.is_main:
         _LOG.warning("%s", warning)
@@ -290,7 +292,7 @@ def _go_on(
             "choose another --out"
         )
     if state.get("data") != data.train.digest():
-        changes = describe_changes(_recorded_images(folder, "train"), image_digests(data.train, config.data))
+        changes = describe_changes(folder.recorded_images("train"), image_digests(data.train, config.data))
         raise RefineDetError(
             f"{folder.path}: the data has changed since this run began: {changes or 'its order or its class names'}; "
             f"restore it, or start a new run with --init {folder.path} and another --out"
@@ -309,9 +311,9 @@ def _go_on(
         session.load_state(state)
     except (RefineDetError, KeyError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise RefineDetError(f"{checkpoint}: does not fit the run's config ({reason})") from None
+        raise RefineDetError(f"{folder.path / CHECKPOINT_FILE}: does not fit the run's config ({reason})") from None
     if data.evaluation is not None and world.is_main:
-        recorded, now = _recorded_images(folder, "evaluation"), image_digests(data.evaluation, config.data)
+        recorded, now = folder.recorded_images("evaluation"), image_digests(data.evaluation, config.data)
         changes = describe_changes(recorded, now) if recorded else None
         if changes is not None:
             _LOG.warning("the evaluation split has changed since this run began: %s", changes)
@@ -389,12 +391,3 @@ def _describe(folder: RunFolder, config: RunConfig, data: TrainingData) -> None:
     sets = {"train": data.train} if data.evaluation is None else {"train": data.train, "evaluation": data.evaluation}
     images = {name: image_digests(dataset, config.data) for name, dataset in sets.items()}
     write_text(folder.data, json.dumps(images, indent=0) + "\n")
-
-
-def _recorded_images(folder: RunFolder, name: str) -> dict[str, str]:
-    """Digests of the images as they were when the run began; nothing if they cannot be read."""
-    try:
-        images: Any = read_json(folder.data)[name]
-    except (RefineDetError, KeyError, TypeError):
-        return {}
-    return images if isinstance(images, dict) else {}
