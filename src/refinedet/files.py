@@ -258,7 +258,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(written.fileno())
         os.replace(part, target)
         part = None
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     except BrokenPipeError:
         raise
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
@@ -286,7 +286,8 @@ def _keep_permissions(target: Path, part: str) -> None:
     os.chmod(part, stat.S_IMODE(before.st_mode))
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Let what was renamed in a folder reach the disk."""
     with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_previous_weights(tmp_path: Path, full_disk: Full
 def test_a_full_disk_is_said_of_the_folder_that_a_model_was_to_be(tmp_path: Path, full_disk: FullDisk) -> None:
     config = ModelConfig(backbone="resnet18", num_classes=1, image_size=(64, 64), tcb_channels=8, tcb_batch_norm=True)
     with full_disk(1_000_000), pytest.raises(RefineDetError) as failed:
-        RunFolder(tmp_path).save_model("last", RefineDet(config).save_pretrained)
+        RefineDet(config).save_pretrained(tmp_path / "last")
     assert str(failed.value).startswith(f"{tmp_path / 'last/model.safetensors'}: cannot be saved (disk full")
     assert list(tmp_path.iterdir()) == []
 
@@ -184,46 +184,19 @@ def test_one_run_has_one_writer(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("in_one_step", [True, False])
-def test_a_model_folder_is_replaced_as_a_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool
-) -> None:
-    if not in_one_step:
-        monkeypatch.setattr(run, "_exchange", lambda *_: False)
-    folder = RunFolder(tmp_path)
-
-    def save(text: str) -> None:
-        def write(target: Path) -> None:
-            for name in ("model.safetensors", "config.json"):
-                (target / name).write_text(text)
-                if text == "fails":
-                    raise RefineDetError("disk full")
-
-        folder.save_model("last", write)
-
-    save("first")
-    (tmp_path / "last/notes.txt").write_text("mine")
-    save("second")
-    with pytest.raises(RefineDetError, match="disk full"):
-        save("fails")
-    assert {path.name: path.read_text() for path in (tmp_path / "last").iterdir()} == {
-        "model.safetensors": "second", "config.json": "second", "notes.txt": "mine",
-    }  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir()] == ["last"]
-
-
 def test_what_killed_trainings_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.save_model("best", lambda target: (target / "config.json").write_text("best"))
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/config.json").write_text("best")
     for name in (".last.ckpt.abcdefgh.part", "best/.model.safetensors.abcdefgh.part"):
         (tmp_path / name).write_text("cut")
-    (tmp_path / ".last.abcdefgh.part").mkdir()
-    (tmp_path / ".last.abcdefgh.part/config.json").write_text("cut")
-    for name in ("..last.abcdefgh.part.1234.part", "..best.abcdefgh.part.previous"):  # inside the save of a model
+    # Under the lock of the run, the number of a process that lives is that of another program.
+    for name in (".last.1234567.part", f".best.{os.getppid()}.part"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("cut")
         (tmp_path / name / ".model.safetensors.abcdefgh.part").write_text("cut")
-    (tmp_path / ".last.old").mkdir()
-    (tmp_path / ".last.old/config.json").write_text("last")  # killed between two renamings
+    (tmp_path / ".last.previous").mkdir()
+    (tmp_path / ".last.previous/config.json").write_text("last")  # killed between two renamings
     for name in (".hidden", "my.part", "notes.txt"):
         (tmp_path / name).write_text("mine")
     with folder.lock():

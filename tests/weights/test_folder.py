@@ -217,12 +217,21 @@ def test_category_ids_in_python(ids: Any) -> None:
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[True, False], ids=["one step", "two steps"])
+def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the system call that swaps two names, and without."""
+    if not request.param:
+        monkeypatch.setattr(folder_module, "_exchange", lambda *_: False)
+
+
+@pytest.mark.usefixtures("exchange")
 def test_a_folder_is_replaced_and_what_else_is_in_it_stays(model: RefineDet, saved: Path) -> None:
     (saved / "notes").mkdir()
     (saved / "notes" / "mine.txt").write_text("mine")
-    (saved / "figure.png").write_bytes(b"1")
+    for name in ("figure.png", "config.json.bak", "my.part"):
+        (saved / name).write_bytes(b"1")
     RefineDet(CONFIG, ("a", "b")).save_pretrained(saved)
-    assert names(saved) == sorted([*FILES, "figure.png", "notes"])
+    assert names(saved) == sorted([*FILES, "config.json.bak", "figure.png", "my.part", "notes"])
     assert (saved / "notes" / "mine.txt").read_text() == "mine"
     assert (saved / "README.md").read_text() == "# a card"
     assert RefineDet.from_pretrained(saved).class_names == ("a", "b")
@@ -278,6 +287,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", range(8))
+@pytest.mark.usefixtures("exchange")
 def test_whatever_step_a_kill_hits_one_whole_model_is_there(
     step: int, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

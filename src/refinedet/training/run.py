@@ -15,7 +15,6 @@ One training writes in it. What a killed one left unfinished is removed when the
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import shutil
@@ -32,8 +31,10 @@ import torch
 from refinedet.config import Preset
 from refinedet.dataclass_json import from_dict
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import failure_reason, make_folder, read_json, remove_stale_parts, write_atomically
+from refinedet.files import make_folder, read_json, remove_stale_parts, write_atomically
 from refinedet.provenance import Provenance
+from refinedet.weights.folder import clear_unfinished
+from refinedet.weights.store import MODEL_FILES
 
 if sys.platform != "win32":
     import fcntl
@@ -42,13 +43,11 @@ CONFIG_FILE, DATA_FILE, METRICS_FILE = "config.json", "data.json", "metrics.csv"
 CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE = "last.ckpt", "previous.ckpt"
 TRAIN_LIST, HELD_OUT_LIST = "split/train.txt", "split/held_out.txt"
 LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER = "last", "best", "report"
-_MODEL_FILES = frozenset({"model.safetensors", "config.json", "README.md"})
 RUN_FILES = (
     *(CONFIG_FILE, DATA_FILE, METRICS_FILE, TRAIN_LIST, HELD_OUT_LIST),
-    *(f"{folder}/{name}" for folder in (LAST_FOLDER, BEST_FOLDER) for name in sorted(_MODEL_FILES)),
+    *(f"{folder}/{name}" for folder in (LAST_FOLDER, BEST_FOLDER) for name in MODEL_FILES),
 )
 """What a training replaces without looking at it; checkpoints are read, and the report has its own names."""
-_PART, _OLD = ".part", ".old"
 _SEAL = b"sha256:"
 _END_OF_ZIP = b"PK\x05\x06"
 _locks: set[int] = set()
@@ -203,80 +202,17 @@ class RunFolder:
             self._last_is_sound = False
             return state, f"{error}; going on from {previous.name}, iteration {state['iteration']}"
 
-    def save_model(self, name: str, save: Callable[[Path], object]) -> None:
-        """Replace the model folder last/ or best/ as a whole.
-
-        Args:
-            name: ``LAST_FOLDER`` or ``BEST_FOLDER``.
-            save: writes the model into the new folder that it is given.
-
-        Raises:
-            RefineDetError: no permission, a full disk; the folder is as before.
-        """
-        target = self.path / name
-        try:
-            part = Path(tempfile.mkdtemp(dir=self.path, prefix=f".{name}.", suffix=_PART))
-        except OSError as error:
-            raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
-        try:
-            save(part)
-            mask = os.umask(0)
-            os.umask(mask)
-            part.chmod(0o777 & ~mask)
-            if not target.exists():
-                part.rename(target)
-            elif not _exchange(part, target):
-                old = self.path / f".{name}{_OLD}"
-                target.rename(old)
-                part.rename(target)
-                part = old
-        except RefineDetError as error:
-            raise RefineDetError(str(error).replace(str(part), str(target))) from None
-        except OSError as error:
-            raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
-        finally:
-            if part.exists():
-                _discard(part, target)
-
     def clear(self) -> None:
         """Remove what killed trainings left unfinished, and nothing else; needs the lock, for no writer may live."""
         for folder in (self.path, *(self.path / name for name in (LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER))):
             remove_stale_parts(folder, settled=0.0)  # under the lock of the run nobody is about to write
         for name in (LAST_FOLDER, BEST_FOLDER):
-            target, old = self.path / name, self.path / f".{name}{_OLD}"
-            if old.is_dir() and not target.exists():
-                old.rename(target)
-            # Writing a model makes further folders beside the unfinished one (weights/folder.py).
-            beside = self.path.glob(f"..{name}.*{_PART}*")
-            for left in (old, *self.path.glob(f".{name}.*{_PART}"), *beside):
-                if left.is_dir():
-                    _discard(left, target)
-
-
-def _discard(folder: Path, successor: Path) -> None:
-    """Remove a model folder that is no longer needed; files that somebody else put there go to its successor."""
-    with contextlib.suppress(OSError):
-        for entry in folder.iterdir():
-            if entry.name in _MODEL_FILES or entry.name.endswith(_PART):
-                entry.unlink()
-            elif successor.is_dir() and not (successor / entry.name).exists():
-                entry.rename(successor / entry.name)
-        folder.rmdir()
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders swap their names in one step; False where the system has no such call."""
-    try:
-        swap = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE (Linux, renameat2(2))
-    return bool(swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+            clear_unfinished(self.path / name, alone=True)
 
 
 def _keep_as(last: Path, previous: Path) -> None:
     """Give the file ``last`` a second name, which replaces ``previous``."""
-    handle, name = tempfile.mkstemp(dir=last.parent, prefix=f".{previous.name}.", suffix=_PART)
+    handle, name = tempfile.mkstemp(dir=last.parent, prefix=f".{previous.name}.", suffix=".part")
     os.close(handle)
     part = Path(name)
     try:

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -212,11 +211,7 @@ class Session:
         model = self.current()
         preset, iteration = self.config.preset, self.trainer.iteration
         card = model_card(preset, model.class_names, self.folder.path.name, iteration, model.metrics)
-
-        def save(folder: Path) -> None:
-            model.save_pretrained(folder, card=card)
-
-        self.folder.save_model(name, save)
+        model.save_pretrained(self.folder.path / name, card=card)
 
     def _evaluate(self, logger: LoggerGroup) -> None:
         """Evaluate over all processes, each taking every n-th image, and keep the best weights.

@@ -7,6 +7,7 @@ its place by renaming. config.json holds the checksum of model.safetensors, so t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import glob
 import hashlib
 import json
@@ -23,11 +24,12 @@ from safetensors.torch import save
 from refinedet.config import ModelConfig
 from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import read_json, write_bytes
+from refinedet.files import failure_reason, flush_folder, read_json, write_bytes
 from refinedet.model.network import RefineDetNetwork
 from refinedet.weights.store import (
     CARD_FILE,
     CONFIG_FILE,
+    MODEL_FILES,
     WEIGHTS_FILE,
     check_fit,
     load_weights,
@@ -201,11 +203,11 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _finish_earlier(target)
+        clear_unfinished(target)
         part.mkdir()
     except OSError as error:
         if not target.is_dir():
-            raise RefineDetError(f"{folder}: cannot be saved ({error.strerror})") from None
+            raise RefineDetError(f"{folder}: cannot be saved ({failure_reason(error)})") from None
         part = target  # nothing may be made beside it, as where it is mounted: write in place, file by file
     # A folder in which this process stands would move away under its feet.
     if part != target and Path.cwd().is_relative_to(target):
@@ -215,68 +217,73 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             write_bytes(part / name, data)
         if part != target:
+            if CARD_FILE not in files and (target / CARD_FILE).is_file():
+                write_bytes(part / CARD_FILE, (target / CARD_FILE).read_bytes())
             _take_place(part, target)
-    except (OSError, RefineDetError) as error:
-        if isinstance(error, RefineDetError):
-            raise RefineDetError(str(error).replace(str(part), str(folder))) from None
-        raise RefineDetError(f"{folder}: cannot be saved ({error.strerror})") from None
+    except RefineDetError as error:
+        raise RefineDetError(str(error).replace(str(part), str(folder))) from None
+    except OSError as error:
+        raise RefineDetError(f"{folder}: cannot be saved ({failure_reason(error)})") from None
     finally:
         if part != target:
-            _remove(part)
+            _discard(part, target)
 
 
 def _take_place(part: Path, target: Path) -> None:
-    """Rename ``part`` to ``target``; a folder that is there gives way and leaves what ``part`` does not have."""
-    previous = previous_folder(target)
-    if target.exists():
+    """Give a whole new folder the name ``target``; files of others in a folder that is there move into the new one."""
+    if not target.exists():
+        part.rename(target)
+    elif not _exchange(part, target):
+        # Until the second renaming no folder has the name; whoever looks for a model knows the other one.
+        previous = previous_folder(target)
         target.rename(previous)
         try:
             part.rename(target)
         except OSError:
             previous.rename(target)
             raise
+        _discard(previous, target)
     else:
-        part.rename(target)
-    _clear(previous, target)
-    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
-        handle = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _discard(part, target)
+    flush_folder(target.parent)
 
 
-def _finish_earlier(target: Path) -> None:
-    """Bring to an end what a process that was killed left half-done."""
-    previous = previous_folder(target)
-    if previous.is_dir():
-        if target.exists():
-            _clear(previous, target)
-        else:
-            previous.rename(target)
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders swap their names in one step; False where the system has no such call."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE (Linux, renameat2(2))
+    return bool(swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def clear_unfinished(folder: Path, *, alone: bool = False) -> None:
+    """Bring to an end what processes that were killed left half-done while they saved a model into a folder.
+
+    Args:
+        folder: of the model.
+        alone: no other process may be writing there, so what seems to belong to a living one is cleared too.
+    """
+    target, previous = Path(os.path.realpath(folder)), previous_folder(folder)
+    if previous.is_dir() and not target.exists():
+        previous.rename(target)
+    _discard(previous, target)
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
         number = part.name.removesuffix(".part").rpartition(".")[2]
-        if number.isdecimal() and (int(number) == os.getpid() or not _is_running(int(number))):
-            _remove(part)
+        if number.isdecimal() and (alone or int(number) == os.getpid() or not _is_running(int(number))):
+            _discard(part, target)
 
 
-def _clear(previous: Path, target: Path) -> None:
-    """Move from ``previous`` to ``target`` what is not there, and remove the rest."""
-    if not previous.is_dir():
-        return
-    for entry in list(previous.iterdir()):
-        if not (target / entry.name).exists():
-            entry.rename(target / entry.name)
-    _remove(previous)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder of ours and the model in it; anything else in it stays, and the folder with it."""
+def _discard(folder: Path, successor: Path) -> None:
+    """Remove a model's folder that is no longer needed; files of others in it go to its successor."""
+    unfinished = tuple(f".{name}." for name in MODEL_FILES)  # by a kill while the file was written
     with contextlib.suppress(OSError):
-        for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
-            (folder / name).unlink(missing_ok=True)
-            for left in folder.glob(f".{name}.*.part"):  # by a kill while the file was written
-                left.unlink()
+        for entry in list(folder.iterdir()):
+            if entry.name in MODEL_FILES or (entry.name.startswith(unfinished) and entry.suffix == ".part"):
+                entry.unlink()
+            elif successor.is_dir() and not (successor / entry.name).exists():
+                entry.rename(successor / entry.name)
         folder.rmdir()
 
 

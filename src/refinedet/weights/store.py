@@ -32,6 +32,8 @@ from refinedet.weights.caffemodel import read_caffemodel
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+MODEL_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
+"""What the folder of a model holds."""
 HUB_PREFIX = "hf:"
 """What a name of a model on the Hugging Face hub begins with; nothing else ever reaches the hub."""
 
