@@ -175,7 +175,7 @@ def test_a_division_comes_back_from_its_names_where_the_data_moved(voc_folder: C
 
 def test_names_that_do_not_fit_are_refused(made: Maker) -> None:
     whole = made([[0]] * 4)
-    with pytest.raises(RefineDetError, match=r"held-out images are missing: images/9999\.jpg"):
+    with pytest.raises(RefineDetError, match=r"images that the run's lists name are missing: images/9999\.jpg"):
         divide_by_names(whole, ["images/9999.jpg"])
     with pytest.raises(RefineDetError, match="nothing is left"):
         divide_by_names(whole, image_names(whole))

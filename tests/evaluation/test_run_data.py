@@ -80,7 +80,7 @@ def test_lists_of_undivided_data(voc_folder: FolderFactory, make_run: Callable[.
     assert (report.images, report.split, report.settings.trained_on) == (2, "held out", 0)
     (data / "JPEGImages" / "000004.jpg").unlink()
     (data / "Annotations" / "000004.xml").unlink()
-    with pytest.raises(RefineDetError, match=r"held_out\.txt lists are missing: JPEGImages/000004\.jpg"):
+    with pytest.raises(RefineDetError, match=r"images that the run's lists name are missing: JPEGImages/000004\.jpg"):
         evaluate(run)
 
 

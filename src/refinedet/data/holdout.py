@@ -93,18 +93,27 @@ def image_names(dataset: DetectionDataset) -> list[str]:
     return [(path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix() for path in paths]
 
 
+def indices_by_names(dataset: DetectionDataset, names: Iterable[str]) -> list[int]:
+    """The positions of the images of these ``image_names``, in their order.
+
+    Raises:
+        RefineDetError: one is not there.
+    """
+    index = {name: number for number, name in enumerate(image_names(dataset))}
+    wanted = list(names)
+    lost = [name for name in wanted if name not in index]
+    if lost:
+        raise RefineDetError(f"{dataset.path}: images that the run's lists name are missing: {shorten(lost, 3)}")
+    return [index[name] for name in wanted]
+
+
 def divide_by_names(dataset: DetectionDataset, held_out: Iterable[str], seed: int = SEED) -> Division:
     """Divide a dataset as it was divided before, by the ``image_names`` of the part that was held out.
 
     Raises:
         RefineDetError: a name is not among the images, or all are.
     """
-    index = {name: number for number, name in enumerate(image_names(dataset))}
-    wanted = list(held_out)
-    lost = [name for name in wanted if name not in index]
-    if lost:
-        raise RefineDetError(f"{dataset.path}: held-out images are missing: {shorten(lost, 3)}")
-    held = {index[name] for name in wanted}
+    held = set(indices_by_names(dataset, held_out))
     kept = [number for number in range(len(dataset)) if number not in held]
     if not kept or not held:
         raise RefineDetError(f"{dataset.path}: {len(held)} of {len(dataset)} images are held out; nothing is left")

@@ -7,17 +7,17 @@ They follow from the run folder: its config names the data and the splits; where
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import refinedet.weights
 from refinedet.data import DetectionDataset
-from refinedet.data.layouts import open_joined
-from refinedet.data.problems import shorten
+from refinedet.data.holdout import HELD_OUT, indices_by_names
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.report import Metric
 from refinedet.files import user_path
+from refinedet.training.data import NO_SPLIT, DataChoice, open_evaluation, open_train, read_list
 from refinedet.training.run import (
     BEST_FOLDER,
     CONFIG_FILE,
@@ -28,8 +28,6 @@ from refinedet.training.run import (
     is_run,
     read_run_config,
 )
-
-_HELD_OUT = "held out"
 
 
 def find_run(weights: str | Path) -> Path | None:
@@ -76,21 +74,22 @@ class RunData:
             RefineDetError: the data cannot be read, or has lost some of them.
         """
         split = self.config.preset.train.evaluate_split
-        if split in ("", "none"):
+        if split in NO_SPLIT:
             raise UsageError(f"{self.folder}: this run held no images out; name the data to evaluate on")
-        if split == _HELD_OUT:
-            return replace(self._listed(HELD_OUT_LIST), split=_HELD_OUT)
-        return self._open(self.config.evaluate_data or self.config.data, split)
+        if split == HELD_OUT:
+            return replace(self._listed(HELD_OUT_LIST), split=HELD_OUT)
+        return open_evaluation(DataChoice.of_run(self.config), split, [])
 
     def train(self) -> DetectionDataset:
-        """The images that the run trained on.
+        """The images that the run trained on; with ``--skip-broken``, those that it left out too.
 
         Raises:
             RefineDetError: the data cannot be read.
         """
         if (self.folder / TRAIN_LIST).is_file():
             return self._listed(TRAIN_LIST)
-        return self._open(self.config.data, self.config.preset.train.train_split)
+        choice = replace(DataChoice.of_run(self.config), skip_broken=False)  # else all are decoded
+        return open_train(choice, self.config.preset.train.train_split, [])[0]
 
     def count_trained_on(self, dataset: DetectionDataset, indices: Iterable[int]) -> int | None:
         """How many of some images the run trained on; None if its data is not there any more."""
@@ -100,27 +99,8 @@ class RunData:
             return None
         return sum(os.path.realpath(dataset[index].image_path) in trained_on for index in indices)
 
-    def _open(self, paths: Sequence[str], split: str) -> DetectionDataset:
-        classes = self.config.classes
-        allowed = self.config.preset.train.allow_outside
-        if not classes:
-            return open_joined(paths, split, self.config.class_names, allow_outside=allowed)
-        # Only some of the data's classes were trained on.
-        dataset = open_joined(paths, split, allow_outside=allowed)
-        return dataset.only_classes([dataset.class_names.index(name) for name in classes])
-
     def _listed(self, name: str) -> DetectionDataset:
         """The images of a list in the run folder."""
-        path = self.folder / name
-        try:
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        except OSError as error:
-            raise RefineDetError(f"{path}: cannot be read ({error.strerror}); it lists images of the run") from None
-        dataset = self._open(self.config.data, self.config.preset.train.train_split)
-        folder = Path(os.path.abspath(dataset.path if dataset.path.is_dir() else dataset.path.parent))
-        index = {os.path.abspath(record.image_path): number for number, record in enumerate(dataset.records)}
-        wanted = [line for line in lines if line]
-        lost = [line for line in wanted if str(folder / line) not in index]
-        if lost:
-            raise RefineDetError(f"{dataset.path}: images that {path} lists are missing: {shorten(lost, 3)}")
-        return dataset.subset(index[str(folder / line)] for line in wanted)
+        choice = replace(DataChoice.of_run(self.config), skip_broken=False)  # broken ones are in no list
+        whole, _ = open_train(choice, self.config.preset.train.train_split, [])
+        return whole.subset(indices_by_names(whole, read_list(self.folder / name)))

@@ -19,9 +19,10 @@ from refinedet.data.records import DetectionDataset
 from refinedet.data.splits import choose_split
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import make_folder, write_text
-from refinedet.training.run import HELD_OUT_LIST, TRAIN_LIST
+from refinedet.training.run import HELD_OUT_LIST, TRAIN_LIST, RunConfig
 
-_NO_SPLIT = ("", "none")
+NO_SPLIT = ("", "none")
+"""Values of ``evaluate_split`` that evaluate on nothing."""
 _USUAL = ("train", "val", "trainval", "test")
 """Splits that presets name: in data without them others are taken, unless the user asked for them himself."""
 
@@ -48,6 +49,20 @@ class DataChoice:
     """Whether files of the data may name images outside of its folder."""
     prefer_trainval: bool = False
     """Train on "trainval" and evaluate on "test" where the data has both."""
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> DataChoice:
+        """The data of a run."""
+        return cls(
+            paths=tuple(map(Path, config.data)),
+            evaluate_paths=tuple(map(Path, config.evaluate_data)),
+            # With some classes left out, the names of the others are those of the data.
+            class_names=config.class_names if config.classes is None else None,
+            classes=config.classes,
+            group_by=config.group_by,
+            skip_broken=config.skip_broken,
+            allow_outside=config.preset.train.allow_outside,
+        )
 
 
 @dataclass
@@ -92,21 +107,17 @@ def open_training_data(choice: DataChoice, settings: TrainConfig) -> TrainingDat
     available = [list_splits(path) for path in choice.paths]
     train_split = _train_split(choice, settings, available)
     notes: list[str] = []
-    train = _open(choice, choice.paths, train_split, notes)
-    classes = train.class_names
-    train = _only(train, choice.classes, notes)
-    if "evaluate_split" in choice.given and settings.evaluate_split in _NO_SPLIT:
+    train, choice = open_train(choice, train_split, notes)
+    if "evaluate_split" in choice.given and settings.evaluate_split in NO_SPLIT:
         return TrainingData(train, None, train_split, "none", notes=notes)
-    evaluate_paths = choice.evaluate_paths or choice.paths
     evaluate_split = _evaluate_split(choice, settings, train_split)
     if evaluate_split is None:
         division = hold_out(train, group_by=choice.group_by)
         notes.append(division.summary())
         return TrainingData(division.train, division.held_out, train_split, HELD_OUT, division, notes)
-    if evaluate_split in _NO_SPLIT:
+    if evaluate_split in NO_SPLIT:
         return TrainingData(train, None, train_split, "none", notes=notes)
-    named = replace(choice, class_names=classes)
-    evaluation = _only(_open(named, evaluate_paths, evaluate_split, notes), choice.classes, [])
+    evaluation = open_evaluation(choice, evaluate_split, notes)
     return TrainingData(train, evaluation, train_split, evaluate_split, notes=notes)
 
 
@@ -117,25 +128,42 @@ def reopen_training_data(choice: DataChoice, settings: TrainConfig, run_folder: 
         RefineDetError: the data or a list does not fit the run any more.
     """
     notes: list[str] = []
-    train = _open(choice, choice.paths, settings.train_split, notes)
-    classes = train.class_names
-    train = _only(train, choice.classes, notes)
-    if settings.evaluate_split in _NO_SPLIT:
+    train, choice = open_train(choice, settings.train_split, notes)
+    if settings.evaluate_split in NO_SPLIT:
         return TrainingData(train, None, settings.train_split, "none", notes=notes)
     if settings.evaluate_split == HELD_OUT:
-        division = divide_by_names(train, _read_list(run_folder / HELD_OUT_LIST))
+        division = divide_by_names(train, read_list(run_folder / HELD_OUT_LIST))
         return TrainingData(division.train, division.held_out, settings.train_split, HELD_OUT, division, notes)
-    named = replace(choice, class_names=classes)
-    paths = choice.evaluate_paths or choice.paths
-    evaluation = _only(_open(named, paths, settings.evaluate_split, notes), choice.classes, [])
+    evaluation = open_evaluation(choice, settings.evaluate_split, notes)
     return TrainingData(train, evaluation, settings.train_split, settings.evaluate_split, notes=notes)
 
 
-def _read_list(path: Path) -> list[str]:
+def open_train(choice: DataChoice, split: str, notes: list[str]) -> tuple[DetectionDataset, DataChoice]:
+    """The images to train on, and the choice with the names of all classes; ``notes`` gets what was left out.
+
+    Raises:
+        UsageError: no such data, split or class.
+        RefineDetError: a faulty file.
+    """
+    whole = _open(choice, choice.paths, split, notes)
+    return _only(whole, choice.classes, notes), replace(choice, class_names=whole.class_names)
+
+
+def open_evaluation(choice: DataChoice, split: str, notes: list[str]) -> DetectionDataset:
+    """The images of a split to evaluate on; arguments and errors are those of ``open_train``."""
+    return _only(_open(choice, choice.evaluate_paths or choice.paths, split, notes), choice.classes, [])
+
+
+def read_list(path: Path) -> list[str]:
+    """The ``image_names`` in one of the lists that ``TrainingData.save_lists`` wrote.
+
+    Raises:
+        RefineDetError: it cannot be read.
+    """
     try:
         return [line for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if line]
     except OSError as error:
-        raise RefineDetError(f"{path}: cannot be read ({error.strerror}); it lists the images held out") from None
+        raise RefineDetError(f"{path}: cannot be read ({error.strerror}); it lists images of the run") from None
 
 
 def _train_split(choice: DataChoice, settings: TrainConfig, available: Sequence[tuple[str, ...]]) -> str:
@@ -157,13 +185,13 @@ def _train_split(choice: DataChoice, settings: TrainConfig, available: Sequence[
 def _evaluate_split(choice: DataChoice, settings: TrainConfig, train_split: str) -> str | None:
     """Split to evaluate on; None if images have to be held out for it."""
     asked = settings.evaluate_split
-    if "evaluate_split" in choice.given or asked not in (*_USUAL, *_NO_SPLIT) or asked == settings.train_split:
+    if "evaluate_split" in choice.given or asked not in (*_USUAL, *NO_SPLIT) or asked == settings.train_split:
         if asked in (train_split, settings.train_split) and not choice.evaluate_paths:
             raise UsageError(
                 f"'{asked}' is the training split; evaluate on another, or on none with --evaluate-split none"
             )
         return asked
-    if asked in _NO_SPLIT and not choice.evaluate_paths:
+    if asked in NO_SPLIT and not choice.evaluate_paths:
         return "none"
     paths = choice.evaluate_paths or choice.paths
     available = [list_splits(path) for path in paths]

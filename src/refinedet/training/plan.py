@@ -192,20 +192,6 @@ class Call:
         return None if self.criterion is None else self.criterion(config)
 
 
-def choice_of(config: RunConfig) -> DataChoice:
-    """The data of a run."""
-    return DataChoice(
-        paths=tuple(map(Path, config.data)),
-        evaluate_paths=tuple(map(Path, config.evaluate_data)),
-        # With some classes left out, the names of the others are those of the data.
-        class_names=config.class_names if config.classes is None else None,
-        classes=config.classes,
-        group_by=config.group_by,
-        skip_broken=config.skip_broken,
-        allow_outside=config.preset.train.allow_outside,
-    )
-
-
 def texts(paths: Sequence[Path]) -> tuple[str, ...]:
     """Paths as config.json holds them."""
     return tuple(map(str, paths))

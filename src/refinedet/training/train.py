@@ -42,7 +42,6 @@ from refinedet.training.plan import (
     Call,
     Ends,
     check_data,
-    choice_of,
     chosen_preset,
     name_of,
     texts,
@@ -271,7 +270,7 @@ def resume(
                 raise UsageError(
                     f"{path}: no such folder; if the data has moved: refinedet train --resume {folder.path} --data NEW"
                 )
-        opened = reopen_training_data(choice_of(config), config.preset.train, folder.path)
+        opened = reopen_training_data(DataChoice.of_run(config), config.preset.train, folder.path)
         check_data(opened, config.preset, world)
         if iterations is not None or epochs is not None:
             config = extended(folder, config, iterations, epochs, len(opened.train), world)
