@@ -23,6 +23,7 @@ from refinedet import trackers
 from refinedet.config import ModelConfig, Preset, TrainConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.evaluation.evaluate import evaluate
 from refinedet.training.train import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -252,6 +253,12 @@ def test_a_run_folder_holds_what_is_promised(voc_folder: FolderFactory, tmp_path
     assert run.report is not None
     assert content["metrics"]["mAP"] == pytest.approx(run.report["mAP"], abs=1e-6)
     assert [row["iteration"] for row in rows(tmp_path / "run")] == ["1", "2", "3", "4"]
+    # The report of the training says what that of ``evaluate`` says.
+    settings = json.loads((tmp_path / "run/report/report.json").read_text())["settings"]
+    evaluated = evaluate(tmp_path / "run/last").to_dict()["settings"]
+    assert (settings["weights"], settings["trained_on"]) == (str(tmp_path / "run/last"), 0)
+    names = {name for name, value in evaluated.items() if settings[name] != value}
+    assert names == {"iteration", "seconds_per_image", "provenance"}
     # A run folder is a model: its best weights, and the last ones under last/.
     assert RefineDet.from_pretrained(tmp_path / "run").class_names == ("cat", "dog")
     # A run that never reached a checkpoint may be started again.

@@ -26,7 +26,6 @@ from refinedet.evaluation.report import METRICS, Metric, Report, data_name
 from refinedet.evaluation.run_data import RunData, find_run
 from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.evaluation.sharing import check_class_names, share_classes
-from refinedet.provenance import Provenance
 from refinedet.sources import decode_ahead
 from refinedet.text import printable
 from refinedet.training.data_check import require_few_repairs
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) after every batch."""
 
+BATCH_SIZE = 8
+"""Images that go through the network at once, where nothing else is said."""
 _HELD_OUT_SPLITS = ("test", "val", "valid", "validation")
 """The default split is the first of these that the data has."""
 
@@ -50,7 +51,7 @@ def evaluate(
     split: str | None = None,
     metric: Metric | None = None,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     limit: int | None = None,
     threads: int = 2,
     threshold: float | None = None,
@@ -130,10 +131,9 @@ def evaluate(
         runner, dataset, indices, batch_size=batch_size, threads=threads, threshold=threshold, on_progress=on_progress
     )
     seconds = time.perf_counter() - began  # before the images of a run are counted, which reads its annotations
-    settings = EvaluationSettings(
-        model=detector.config,
+    settings = replace(
+        EvaluationSettings.of(detector, threshold),
         weights=weights,
-        score_threshold=detector.config.inference.score_threshold if threshold is None else threshold,
         batch_size=batch_size,
         limit=limit,
         multi_scale=multi_scale,
@@ -142,7 +142,6 @@ def evaluate(
         run="" if run is None else str(run.folder),
         trained_on=None if run is None else run.count_trained_on(dataset, indices),
         seconds_per_image=seconds / max(1, len(indices)),
-        provenance=Provenance.now(getattr(detector, "device", "")),
     )
     return evaluate_detections(dataset, detections, metric, settings=settings)
 
@@ -245,7 +244,7 @@ def collect_detections(
     dataset: DetectionDataset,
     indices: Sequence[int] | None = None,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     threads: int = 2,
     threshold: float | None = None,
     on_progress: Progress | None = None,

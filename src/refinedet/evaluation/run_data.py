@@ -40,6 +40,12 @@ def find_run(weights: str | Path) -> Path | None:
     return folder if is_run(folder) else None
 
 
+def count_shared(trained_on: DetectionDataset, dataset: DetectionDataset, indices: Iterable[int]) -> int:
+    """How many of some images of ``dataset`` are images of ``trained_on``, wherever links lead."""
+    paths = {os.path.realpath(record.image_path) for record in trained_on.records}
+    return sum(os.path.realpath(dataset[index].image_path) in paths for index in indices)
+
+
 @dataclass(frozen=True)
 class RunData:
     """What a run folder says about its data."""
@@ -94,10 +100,9 @@ class RunData:
     def count_trained_on(self, dataset: DetectionDataset, indices: Iterable[int]) -> int | None:
         """How many of some images the run trained on; None if its data is not there any more."""
         try:
-            trained_on = {os.path.realpath(record.image_path) for record in self.train().records}
+            return count_shared(self.train(), dataset, indices)
         except RefineDetError:
             return None
-        return sum(os.path.realpath(dataset[index].image_path) in trained_on for index in indices)
 
     def _listed(self, name: str) -> DetectionDataset:
         """The images of a list in the run folder."""

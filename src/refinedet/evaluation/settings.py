@@ -7,6 +7,7 @@ from typing import Any
 
 from refinedet.config import ModelConfig
 from refinedet.dataclass_json import to_dict
+from refinedet.evaluation.detector import Detector
 from refinedet.provenance import Provenance
 
 
@@ -58,6 +59,16 @@ class EvaluationSettings:
     """SHA-256 over names, sizes, boxes and labels of the data."""
     provenance: Provenance = field(default_factory=Provenance)
     """Program, machine, command and time."""
+
+    @classmethod
+    def of(cls, detector: Detector, threshold: float | None = None) -> EvaluationSettings:
+        """What a detector says of itself, with the least score of its detections if that is not the model's own."""
+        own = detector.config.inference.score_threshold
+        return cls(
+            model=detector.config,
+            score_threshold=own if threshold is None else threshold,
+            provenance=Provenance.now(getattr(detector, "device", "")),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; ``dataclass_json.from_dict(EvaluationSettings, ...)`` gives it back."""

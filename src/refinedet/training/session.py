@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,13 +16,13 @@ from refinedet.config import TrainConfig
 from refinedet.dataclass_json import save_json, to_dict
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.evaluation.evaluate import collect_detections, evaluate_detections
+from refinedet.evaluation.evaluate import BATCH_SIZE, collect_detections, evaluate_detections
 from refinedet.evaluation.page import write_page
 from refinedet.evaluation.report import Report
+from refinedet.evaluation.run_data import count_shared
 from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup
 from refinedet.model.network import RefineDetNetwork
-from refinedet.provenance import Provenance
 from refinedet.schedule import change_preset, iterations_of_epochs
 from refinedet.trackers import open_trackers
 from refinedet.training.batches import Batch, explain_loader, training_batches
@@ -175,8 +176,7 @@ class Session:
         """How many images are both trained and evaluated on; a note if there are any."""
         if self.evaluation_set is None:
             return 0
-        trained_on = {record.image_path for record in self.dataset.records}
-        both = sum(record.image_path in trained_on for record in self.evaluation_set.records)
+        both = count_shared(self.dataset, self.evaluation_set, range(len(self.evaluation_set)))
         if both and self.world.is_main:
             _LOG.warning(
                 "%d of the %d images of '%s' are trained on too, so its figure does not say how good the model is on "
@@ -227,14 +227,19 @@ class Session:
         with self.signals.at_once():
             own = range(world.rank, count, world.size)
             show = partial(logger.progress, "evaluating")
-            detections = collect_detections(self.current(), dataset, own, on_progress=show)
-            merged = {index: one for part in world.gather(detections) for index, one in part.items()}
-        details = EvaluationSettings(
-            model=self.model.config,
+            began = time.perf_counter()
+            detections = collect_detections(self.current(), dataset, own, batch_size=BATCH_SIZE, on_progress=show)
+            merged = {index: found for part in world.gather(detections) for index, found in part.items()}
+            seconds = time.perf_counter() - began
+        details = dataclasses.replace(
+            EvaluationSettings.of(self.model),
+            weights=str(self.folder.path / LAST_FOLDER),
+            batch_size=BATCH_SIZE,
             iteration=self.trainer.iteration,
             limit=limit,
+            run=str(self.folder.path),
             trained_on=self.also_trained_on if limit is None else None,
-            provenance=Provenance.now(world.device),
+            seconds_per_image=seconds / count,
         )
         self.report = evaluate_detections(dataset, merged, self.settings.metric, settings=details)
         logger.log(self.trainer.iteration, {"mAP": self.report["mAP"]})
