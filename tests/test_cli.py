@@ -173,7 +173,7 @@ def test_train_passes_everything_on(
     assert rest == {
         "out": tmp_path / "run", "init_weights": weights, "class_names": ("cat", "dog"), "device": "cpu",
         "init": None, "classes": None, "evaluate_data": [], "group_by": None, "skip_broken": False, "epochs": None,
-        "minutes": None,
+        "minutes": None, "loggers": (),
     }  # fmt: skip
     assert (preset.train.iterations, preset.train.batch_size, preset.train.ema_decay) == (100, 8, None)
     assert (preset.train.precision, preset.train.milestones, preset.train.channels_last) == ("fp32", (5, 6), False)

@@ -286,7 +286,7 @@ class Killed(BaseException):
     """Nothing may run after it: stands for SIGKILL."""
 
 
-@pytest.mark.parametrize("step", range(8))
+@pytest.mark.parametrize("step", range(7))
 @pytest.mark.usefixtures("exchange")
 def test_whatever_step_a_kill_hits_one_whole_model_is_there(
     step: int, saved: Path, monkeypatch: pytest.MonkeyPatch
