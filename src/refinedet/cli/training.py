@@ -118,8 +118,8 @@ def train(
         preset: Where the defaults come from; `refinedet models` lists the presets.
         data: Folders or files of annotated images (Pascal VOC, COCO JSON or YOLO); several are trained on together.
         out: Run folder for configuration, metrics, weights and checkpoints (default: runs/PRESET).
-        resume: Continue the training of this run folder; goes with --iterations, --epochs, --data, --workers,
-            --loggers and --device only.
+        resume: Continue the training of this run folder; goes with --iterations, --epochs, --data, --workers and
+            --device only.
         init_weights: ImageNet weights of the backbone: a file (docs/weights.md lists the formats), 'torchvision' to
             download them, or 'random'.
         init: A detector to start from instead: a bundled model, a run folder, a folder of weights, or hf:owner/name.
@@ -131,7 +131,8 @@ def train(
         class_names: Names separated by commas, in the order of their labels (default: those of the data).
         group_by: Regular expression. Images whose file names have the same match are held out together or not at all.
         skip_broken: Go on without images that cannot be read, and list them.
-        loggers: Log to these too: wandb, mlflow, tensorboard. Each needs the extra of its name.
+        loggers: Log to these too: wandb, mlflow, tensorboard. Each needs the extra of its name. A run that is resumed
+            goes on with them.
         device: cpu, cuda, mps, or auto (a GPU if there is one).
         settings: Training.
         model: Model.
@@ -175,7 +176,6 @@ def resume_run(
     iterations: OptionalCount = None,
     epochs: OptionalNumber = None,
     workers: OptionalCount = None,
-    loggers: LoggerNames = (),
     device: Device = "auto",
 ) -> int:
     """Continue a training with the settings of its run folder.
@@ -186,7 +186,6 @@ def resume_run(
         iterations: Another length of the training, also of one that is finished; the schedule keeps its shares.
         epochs: The same as a number of times that every image is shown.
         workers: Processes per trainer that load and augment images (default: as the run began).
-        loggers: Log to these too, besides those that the run began with: wandb, mlflow, tensorboard.
         device: cpu, cuda, mps, or auto (a GPU if there is one).
     """
     folder = user_path(resume)
@@ -195,15 +194,7 @@ def resume_run(
 
     from refinedet.training.train import resume as resume_training
 
-    resume_training(
-        folder,
-        data=data or None,
-        iterations=iterations,
-        epochs=epochs,
-        workers=workers,
-        loggers=loggers,
-        device=device,
-    )
+    resume_training(folder, data=data or None, iterations=iterations, epochs=epochs, workers=workers, device=device)
     return _trained(folder)
 
 
