@@ -216,11 +216,11 @@ def test_a_resumed_run_goes_on_with_the_loggers_it_began_with(
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Tracker)
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
-    preset, out = tiny(iterations=2, log_every=1, evaluate_split="none"), tmp_path / "run"
+    preset, data, out = tiny(iterations=2, log_every=1, evaluate_split="none"), voc_folder(), tmp_path / "run"
     with pytest.raises(UsageError, match="unknown logger 'wandbb': did you mean 'wandb'"):
-        train(preset, voc_folder(), out=out, loggers=["wandbb"])
+        train(preset, data, out=out, loggers=["wandbb"])
     assert not out.exists()
-    train(preset, voc_folder(), out=out, init_weights="random", device="cpu", loggers=["wandb"])
+    train(preset, data, out=out, init_weights="random", device="cpu", loggers=["wandb"])
     resume(out, iterations=3, device="cpu")
     assert seen == [(out / "wandb", None, 2), 1, 2, "closed", (out / "wandb", 2, 3), 3, "closed"]
 
