@@ -114,7 +114,7 @@ class SSDPeer:
     def predict_arrays(
         self, images: Sequence[npt.NDArray[np.uint8]], *, threshold: float | None = None
     ) -> list[Detections]:
-        """One ``Detections`` for each (H, W, 3) RGB picture, boxes in its pixels, best first."""
+        """One ``Detections`` for each (H, W, 3) RGB image, boxes in its pixels, best first."""
         device = next(self.network.parameters()).device
         inputs = torch.from_numpy(np.stack([preprocess(image, self.config, self.size) for image in images]))
         self.network.eval()

@@ -168,7 +168,7 @@ def _service_errors(title: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise RefineDetError(f"{title}: {reason(error, 200)}{hint and f'; {hint}'}") from None
+        raise RefineDetError(f"{title}: {reason(error, 200).rstrip('. ')}{hint and f'; {hint}'}") from None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -107,13 +107,13 @@ def sample_geometry(
     if config.crop and len(boxes):
         canvas = np.array([canvas_width, canvas_height, canvas_width, canvas_height])
         relative = (boxes.astype(np.float64) - np.array([x, y, x, y])) / canvas
-        found = [region]
+        regions = [region]
         for least in CROP_MIN_OVERLAPS:
             crop = _first_crop(rng, relative, least)
             if crop is not None:
                 left, top, right, bottom = (crop * canvas).tolist()
-                found.append((x + left, y + top, x + right, y + bottom))
-        region = found[int(rng.integers(len(found)))]
+                regions.append((x + left, y + top, x + right, y + bottom))
+        region = regions[int(rng.integers(len(regions)))]
     flip = bool(rng.random() < config.flip_probability)
     interpolation = config.interpolations[int(rng.integers(len(config.interpolations)))]
     return Geometry(region, flip, interpolation)

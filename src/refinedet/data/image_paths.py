@@ -146,8 +146,8 @@ def _steps(path: str) -> list[str]:
 def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
     """How many of the last steps of two paths agree."""
     count = 0
-    for one, other in zip(reversed(first), reversed(second), strict=False):
-        if one != other:
+    for name, other in zip(reversed(first), reversed(second), strict=False):
+        if name != other:
             break
         count += 1
     return count

@@ -126,14 +126,14 @@ def _as_folder(root: Path) -> VocFolder | None:
 
 def _first_xml_files(folder: Path, most: int) -> Iterator[Path]:
     """Some of the XML files in a folder and its subfolders."""
-    found = 0
+    count = 0
     for parent, names_of_folders, names in islice(os.walk(folder), _MOST_FOLDERS):
         names_of_folders[:] = sorted(name for name in names_of_folders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(".xml") and not name.startswith(".") and found < most:
-                found += 1
+            if name.lower().endswith(".xml") and not name.startswith(".") and count < most:
+                count += 1
                 yield Path(parent) / name
-        if found >= most:
+        if count >= most:
             return
 
 

@@ -103,12 +103,12 @@ def compare(first: str | Path, second: str | Path, *, samples: int = SAMPLES, se
         outcomes.append(match_objects([by_id[record.image_id] for record in records], records, len(names)))
     method: VocMethod = "11-point" if runs[0].metric == "voc07" else "area"
     whole = np.ones(len(shared))
-    average_precision = np.stack([_weighted(one, whole, method) for one in outcomes])
+    average_precision = np.stack([_weighted(of_run, whole, method) for of_run in outcomes])
     rng = np.random.default_rng(seed)
     differences = np.empty((samples, len(names) + 1))
     for row in differences:
         weights = np.bincount(rng.integers(0, len(shared), len(shared)), minlength=len(shared)).astype(np.float64)
-        drawn = np.stack([_weighted(one, weights, method) for one in outcomes])
+        drawn = np.stack([_weighted(of_run, weights, method) for of_run in outcomes])
         row[:-1] = drawn[1] - drawn[0]
         row[-1] = mean_of_defined(drawn[1]) - mean_of_defined(drawn[0])
     defined = np.append(~np.isnan(average_precision[0]), True)
@@ -167,9 +167,9 @@ def _settings(run: RunData) -> dict[str, Any]:
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Flat names of values that differ, and both values."""
-    one, other = (dict(_flat(config)) for config in (first, second))
-    names = dict.fromkeys([*one, *other])
-    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+    before, after = (dict(_flat(config)) for config in (first, second))
+    names = dict.fromkeys([*before, *after])
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:

@@ -150,17 +150,17 @@ def _coco_split(dataset: DetectionDataset) -> str:
 
 
 def _voc_lines(image_ids: Sequence[int | str], detections: Sequence[Detections], label: int) -> Iterator[str]:
-    for image_id, found in zip(image_ids, detections, strict=True):
-        of_class = found.labels == label
+    for image_id, of_image in zip(image_ids, detections, strict=True):
+        of_class = of_image.labels == label
         if not of_class.any():
             continue
-        width, height = found.image_size
+        width, height = of_image.image_size
         # Detections lie in the image already; what is thinner than a pixel becomes the pixel that it lies on, since
         # inclusive corners cannot say less.
         limit = np.array([width, height], dtype=np.float64)
-        first = np.clip(found.boxes[of_class, :2].astype(np.float64) + 1.0, 1.0, limit)
-        last = np.clip(np.maximum(found.boxes[of_class, 2:], first), 1.0, limit)
-        for score, (xmin, ymin), (xmax, ymax) in zip(found.scores[of_class], first, last, strict=True):
+        first = np.clip(of_image.boxes[of_class, :2].astype(np.float64) + 1.0, 1.0, limit)
+        last = np.clip(np.maximum(of_image.boxes[of_class, 2:], first), 1.0, limit)
+        for score, (xmin, ymin), (xmax, ymax) in zip(of_image.scores[of_class], first, last, strict=True):
             yield f"{image_id} {score:.8f} {xmin:.3f} {ymin:.3f} {xmax:.3f} {ymax:.3f}\n"
 
 
@@ -168,8 +168,8 @@ def _coco_text(
     image_ids: Sequence[int | str], detections: Sequence[Detections], category_ids: Sequence[int] | None
 ) -> Iterator[str]:
     before = "["
-    for image_id, found in zip(image_ids, detections, strict=True):
-        for item in found.to_coco(image_id, category_ids):
+    for image_id, of_image in zip(image_ids, detections, strict=True):
+        for item in of_image.to_coco(image_id, category_ids):
             yield before + json.dumps(item, allow_nan=False)
             before = ",\n"
     yield "]\n" if before != "[" else "[]\n"

@@ -61,5 +61,5 @@ def finish(
 ) -> list[Detections]:
     """Name the file of each image, if given, and keep the detections that score at least ``threshold``."""
     if sources is not None:
-        results = [replace(one, source=source) for one, source in zip(results, sources, strict=True)]
-    return results if threshold is None else [one.filter(threshold=threshold) for one in results]
+        results = [replace(result, source=source) for result, source in zip(results, sources, strict=True)]
+    return results if threshold is None else [result.filter(threshold=threshold) for result in results]

@@ -151,7 +151,7 @@ class _Loaded(NamedTuple):
         return Batch(self.images, targets.pin_memory() if pin_memory else targets, self.names)
 
 
-class AugmentedPictures(Dataset[Sample | RefineDetError]):
+class AugmentedImages(Dataset[Sample | RefineDetError]):
     """Loads and augments one image per draw.
 
     A file that cannot be read is returned as its error, not raised: the data loader would wrap what a worker raises
@@ -188,12 +188,12 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
 
     def _mixed(self, rng: np.random.Generator, first: Sample) -> Sample:
         """That input with a second one shining through, the targets of both and the name of the first."""
-        picture, boxes, labels, name = first
+        image, boxes, labels, name = first
         other = int(rng.integers(len(self.dataset)))
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         second, more_boxes, more_labels, _ = self._input(rng, other, (height, width))
         share = rng.beta(MIXUP_BETA, MIXUP_BETA)
-        return mix(picture, second, share), torch.cat([boxes, more_boxes]), torch.cat([labels, more_labels]), name
+        return mix(image, second, share), torch.cat([boxes, more_boxes]), torch.cat([labels, more_labels]), name
 
     def _augmented(self, rng: np.random.Generator, index: int, size: tuple[int, int], augment: AugmentConfig) -> Sample:
         record, image = self.dataset[index], self._load(index)
@@ -202,8 +202,8 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
         photometric = sample_photometric(rng) if augment.photometric else Photometric()
         geometry = sample_geometry(rng, image.shape[1], image.shape[0], boxes, augment)
         moved, kept = transform_boxes(boxes, geometry, size)
-        picture = render(image, geometry, photometric, size, self.fill)
-        return picture, torch.from_numpy(moved), torch.from_numpy(labels[kept]), str(record.image_path)
+        augmented = render(image, geometry, photometric, size, self.fill)
+        return augmented, torch.from_numpy(moved), torch.from_numpy(labels[kept]), str(record.image_path)
 
     def _load(self, index: int) -> npt.NDArray[np.uint8]:
         image = self._kept.get(index)
@@ -222,8 +222,8 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
         boxes, labels, names = [], [], []
         for index, place in zip(indices, rng.permutation(4), strict=True):
             x1, y1, x2, y2 = tiles[place]
-            picture, moved, kinds, name = self._augmented(rng, index, (y2 - y1, x2 - x1), augment)
-            canvas[y1:y2, x1:x2] = picture
+            tile, moved, kinds, name = self._augmented(rng, index, (y2 - y1, x2 - x1), augment)
+            canvas[y1:y2, x1:x2] = tile
             boxes.append(moved + torch.tensor([x1, y1, x1, y1], dtype=torch.float32))
             labels.append(kinds)
             names.append(name)
@@ -236,8 +236,8 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
             if isinstance(item, RefineDetError):
                 return item
             samples.append(item)
-        pictures, boxes, labels, names = zip(*samples, strict=True)
-        images = torch.from_numpy(np.stack([normalize(picture, self.model) for picture in pictures]))
+        pixels, boxes, labels, names = zip(*samples, strict=True)
+        images = torch.from_numpy(np.stack([normalize(image, self.model) for image in pixels]))
         if get_worker_info() is not None:
             # On its way to the trainer it would go there in any case, but in a thread of the loading process, where a
             # failure only prints a traceback and the trainer waits for ever.
@@ -245,7 +245,9 @@ class AugmentedPictures(Dataset[Sample | RefineDetError]):
                 images.share_memory_()  # type: ignore[no-untyped-call]
             except RuntimeError as error:
                 return RefineDetError(f"a loading process cannot pass on a batch ({_first_line(error)}); {_ADVICE}")
-        return _Loaded(images, [one.numpy() for one in boxes], [one.numpy() for one in labels], list(names))
+        return _Loaded(
+            images, [of_image.numpy() for of_image in boxes], [of_image.numpy() for of_image in labels], list(names)
+        )
 
 
 def training_batches(
@@ -266,16 +268,16 @@ def training_batches(
     Raises:
         RefineDetError: an image cannot be read (its file is named), or a loading process ended or no longer answers.
     """
-    pictures = AugmentedPictures(dataset, model, config.augment, config.seed, keep=config.keep_images)
+    images = AugmentedImages(dataset, model, config.augment, config.seed, keep=config.keep_images)
     size = image_size or model.image_size
     order = EndlessOrder(len(dataset), config, size, start=start, rank=rank, world=world)
     sides = [size[0] * size[1], *(side * side for _, side in config.size_schedule)]
     share = share_of(config.batch_size // config.accumulation_steps, rank, world)
     loader = DataLoader(
-        pictures,
+        images,
         batch_sampler=order,
         num_workers=config.workers,
-        collate_fn=pictures.collate,
+        collate_fn=images.collate,
         pin_memory=pin_memory,
         prefetch_factor=_batches_ahead(config.workers, len(share) * 3 * 4 * max(sides)),
         timeout=LOADER_TIMEOUT if config.workers else 0,
@@ -289,7 +291,7 @@ def training_batches(
     loaded_batches: Iterator[_Loaded | RefineDetError] | None = None
     try:
         loaded_batches = iter(loader)
-        workers = [one for one in multiprocessing.active_children() if one not in others]
+        workers = [process for process in multiprocessing.active_children() if process not in others]
         while True:
             try:
                 loaded = next(loaded_batches, None)

@@ -77,29 +77,29 @@ def _duration(seconds: float) -> str:
 
 def doubts(preset: Preset, images: DetectionDataset) -> list[str]:
     """Notes on choices that are known to hurt."""
-    train, found = preset.train, []
+    train, notes = preset.train, []
     if train.warmup_iterations >= train.iterations:
-        found.append(
+        notes.append(
             f"all {train.iterations} iterations are warm-up, so the full learning rate is never reached; lower "
             f"--warmup-iterations ({train.warmup_iterations})"
         )
     last = _last_size(train, preset.model.image_size)
     if last != preset.model.image_size:
         (height, width), (tested_height, tested_width) = last, preset.model.image_size
-        found.append(
+        notes.append(
             f"trained at {height}x{width} in the end, but tested at {tested_height}x{tested_width}; end "
             f"--size-schedule with {tested_height}, or leave it out"
         )
     epochs = epochs_of(train, len(images))
     if epochs > _MANY_EPOCHS:
-        found.append(f"{epochs:.0f} epochs: more than {_MANY_EPOCHS} rarely help; fewer --iterations save time")
+        notes.append(f"{epochs:.0f} epochs: more than {_MANY_EPOCHS} rarely help; fewer --iterations save time")
     if train.batch_size > len(images):
-        found.append(f"batches of {train.batch_size} exceed the {len(images)} images; lower --batch-size")
+        notes.append(f"batches of {train.batch_size} exceed the {len(images)} images; lower --batch-size")
     counts = _objects_of_classes(images)
     few = [f"{name} ({n})" for name, n in zip(images.class_names, counts, strict=True) if n < _FEW_OBJECTS]
     if few:
-        found.append(f"fewer than {_FEW_OBJECTS} objects to learn from: {shorten(few)}")
-    return found
+        notes.append(f"fewer than {_FEW_OBJECTS} objects to learn from: {shorten(few)}")
+    return notes
 
 
 def _last_size(train: TrainConfig, image_size: tuple[int, int]) -> tuple[int, int]:

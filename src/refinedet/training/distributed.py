@@ -61,7 +61,7 @@ class World:
             return [value]
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
-        return [one for one in values if one is not None]
+        return [value for value in values if value is not None]
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Let the first process do something; all get its result, or raise its error.

@@ -40,7 +40,7 @@ class Targets:
     @staticmethod
     def collate(boxes: list[Tensor], labels: list[Tensor]) -> Targets:
         """Pad the targets of each image, (G_i, 4) and (G_i,), to one batch."""
-        most = max((len(one) for one in labels), default=0)
+        most = max((len(of_image) for of_image in labels), default=0)
         padded_boxes = torch.zeros(len(boxes), most, 4)
         padded_labels = torch.full((len(boxes), most), -1, dtype=torch.int64)
         for row, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
@@ -188,8 +188,8 @@ def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Ma
         lowest_anchor = torch.where(tied, anchor, count).amin(dim=1)
         wants = tied & (anchor == lowest_anchor[:, None])
         target = torch.where(wants, target_index, most).amin(dim=1)
-        found = top > _SMALLEST_OVERLAP
-        matched[images, lowest_anchor] = torch.where(found, target, matched[images, lowest_anchor])
+        overlaps = top > _SMALLEST_OVERLAP
+        matched[images, lowest_anchor] = torch.where(overlaps, target, matched[images, lowest_anchor])
         overlaps[images, target] = -1.0
         overlaps[images, :, lowest_anchor] = -1.0
     return Match(matched, best_overlap.clamp(min=0.0))

@@ -33,8 +33,7 @@ from refinedet.dataclass_json import from_dict
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import make_folder, read_json, remove_stale_parts, write_atomically
 from refinedet.provenance import Provenance
-from refinedet.weights.folder import clear_unfinished
-from refinedet.weights.store import MODEL_FILES
+from refinedet.weights import MODEL_FILES
 
 if sys.platform != "win32":
     import fcntl
@@ -204,6 +203,8 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what killed trainings left unfinished, and nothing else; needs the lock, for no writer may live."""
+        from refinedet.weights.folder import clear_unfinished  # which needs torch, unlike the names above
+
         for folder in (self.path, *(self.path / name for name in (LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER))):
             remove_stale_parts(folder, settled=0.0)  # under the lock of the run nobody is about to write
         for name in (LAST_FOLDER, BEST_FOLDER):

@@ -142,7 +142,7 @@ class Trainer:
         for name, value in own.items():
             require_like(value, optimizer if name == "optimizer" else state[name], name)
         require_like(dict.fromkeys(sums, 0.0), sums, "sums")
-        parameters = [one for group in self.optimizer.param_groups for one in group["params"]]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for index, values in buffers.items():
             if not isinstance(index, int) or not 0 <= index < len(parameters) or not isinstance(values, dict):
                 raise RefineDetError(f"'optimizer.state.{index}' is not a parameter of this network")
@@ -263,7 +263,7 @@ class Trainer:
         limit = self.settings.gradient_clip_norm
         if limit is not None:
             return nn.utils.clip_grad_norm_(self.network.parameters(), limit)
-        gradients = [one.grad for one in self.network.parameters() if one.grad is not None]
+        gradients = [weight.grad for weight in self.network.parameters() if weight.grad is not None]
         return nn.utils.get_total_norm(gradients).to(self.world.device)
 
     def _losses(self, forward: Callable[[Tensor], Any], batch: TrainingBatch) -> Mapping[str, Tensor]:
@@ -305,8 +305,9 @@ class Trainer:
 
     def _check_weights(self) -> None:
         networks = [self.network] if self.average is None else [self.network, self.average.network]
-        tensors = [one for network in networks for one in network.state_dict().values() if one.is_floating_point()]
-        if not bool(torch.stack([one.isfinite().all() for one in tensors]).all()):
+        states = (tensor for network in networks for tensor in network.state_dict().values())
+        tensors = [tensor for tensor in states if tensor.is_floating_point()]
+        if not bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all()):
             raise RefineDetError(
                 f"the weights are not finite after iteration {self.iteration}; they were not saved, and what was saved "
                 "before stays. Lower --learning-rate, or set --warmup-iterations or --gradient-clip-norm"

@@ -102,13 +102,13 @@ def fit(file: WeightFile, config: ModelConfig, *, channel_order: ChannelOrder | 
         UsageError: the config is of another backbone than the file.
         RefineDetError: no known format, or a tensor is missing, unexpected or of another shape.
     """
-    found = _recognise(list(file.header), config, file.source)
-    if config.backbone not in found.backbones:
+    kind = _recognise(list(file.header), config, file.source)
+    if config.backbone not in kind.backbones:
         raise UsageError(
-            f"{file.source}: is {found.title}, which has the backbone {found.backbones[0]}; the preset has "
+            f"{file.source}: is {kind.title}, which has the backbone {kind.backbones[0]}; the preset has "
             f"{config.backbone}"
         )
-    config = _config_for(found, file, config)
+    config = _config_for(kind, file, config)
     if channel_order is not None and channel_order != config.channel_order:
         config = dataclasses.replace(
             config,
@@ -117,17 +117,15 @@ def fit(file: WeightFile, config: ModelConfig, *, channel_order: ChannelOrder | 
             std=(config.std[2], config.std[1], config.std[0]),
         )
     own = network_shell(config).state_dict()
-    filled = {entry.target for entry in found.table}
+    filled = {entry.target for entry in kind.table}
     absent = [name for name in own if name not in filled and not name.endswith("num_batches_tracked")]
-    if found.detector and absent:
-        raise UsageError(f"{file.source}: {found.title} has no weights for '{absent[0]}': choose a preset of its form")
-    for entry in found.table:
+    if kind.detector and absent:
+        raise UsageError(f"{file.source}: {kind.title} has no weights for '{absent[0]}': choose a preset of its form")
+    for entry in kind.table:
         if entry.target not in own:
-            raise UsageError(
-                f"{file.source}: {found.title} has '{entry.sources[0]}', for which the preset has no layer"
-            )
+            raise UsageError(f"{file.source}: {kind.title} has '{entry.sources[0]}', for which the preset has no layer")
         _make(entry, file.header, own[entry.target].to("meta"), file.source)
-    return Fitted(file, found, config, tuple(dict.fromkeys(_part_of_network(name) for name in absent)))
+    return Fitted(file, kind, config, tuple(dict.fromkeys(_part_of_network(name) for name in absent)))
 
 
 def fit_backbone(config: ModelConfig, init_weights: str | Path | None) -> Fitted | None:
@@ -286,23 +284,23 @@ def _part_of_network(name: str) -> str:
     return f"{first}.{second}" if first == "backbone" else first
 
 
-def _config_for(found: WeightFormat, file: WeightFile, config: ModelConfig) -> ModelConfig:
-    changes: dict[str, Any] = {**found.input, **found.network}
-    if found.detector:
-        arm, odm, deconv = (file.header[key] for key in found.heads)
-        for key, tensor in zip(found.heads, (arm, odm, deconv), strict=True):
+def _config_for(kind: WeightFormat, file: WeightFile, config: ModelConfig) -> ModelConfig:
+    changes: dict[str, Any] = {**kind.input, **kind.network}
+    if kind.detector:
+        arm, odm, deconv = (file.header[key] for key in kind.heads)
+        for key, tensor in zip(kind.heads, (arm, odm, deconv), strict=True):
             if tensor.ndim != 4:
                 raise RefineDetError(
                     f"{file.source}: '{key}' has shape {tuple(tensor.shape)}; the kernels of a convolution have 4 sides"
                 )
         if arm.shape[0] != 4 * ANCHORS_PER_CELL:
             raise RefineDetError(
-                f"{file.source}: '{found.heads[0]}' has {arm.shape[0]} outputs; models with {ANCHORS_PER_CELL} anchors "
+                f"{file.source}: '{kind.heads[0]}' has {arm.shape[0]} outputs; models with {ANCHORS_PER_CELL} anchors "
                 f"per cell have {4 * ANCHORS_PER_CELL}"
             )
         if odm.shape[0] % ANCHORS_PER_CELL or odm.shape[0] < 2 * ANCHORS_PER_CELL:
             raise RefineDetError(
-                f"{file.source}: '{found.heads[1]}' has {odm.shape[0]} outputs, which is no number of classes for "
+                f"{file.source}: '{kind.heads[1]}' has {odm.shape[0]} outputs, which is no number of classes for "
                 f"{ANCHORS_PER_CELL} anchors per cell"
             )
         changes |= _OFFICIAL_ANCHORS

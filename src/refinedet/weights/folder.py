@@ -26,11 +26,8 @@ from refinedet.dataclass_json import from_dict, to_dict
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import failure_reason, flush_folder, read_json, write_bytes
 from refinedet.model.network import RefineDetNetwork
+from refinedet.weights import CARD_FILE, CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
 from refinedet.weights.store import (
-    CARD_FILE,
-    CONFIG_FILE,
-    MODEL_FILES,
-    WEIGHTS_FILE,
     check_fit,
     load_weights,
     network_shell,

@@ -27,13 +27,9 @@ from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import user_path
 from refinedet.model.backbones import RESNETS, create_timm
 from refinedet.model.network import RefineDetNetwork
+from refinedet.weights import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from refinedet.weights.caffemodel import read_caffemodel
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-CARD_FILE = "README.md"
-MODEL_FILES = (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)
-"""What the folder of a model holds."""
 HUB_PREFIX = "hf:"
 """What a name of a model on the Hugging Face hub begins with; nothing else ever reaches the hub."""
 
