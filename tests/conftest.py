@@ -1,6 +1,6 @@
 """Fixtures for all tests: the real data beside the checkout, and tiny synthetic datasets in each layout.
 
-Every synthetic picture is a dark noisy ground with bright rectangles, one colour per class, so that a detector can
+Every synthetic image is a dark noisy ground with bright rectangles, one colour per class, so that a detector can
 learn them in a few iterations. Boxes have integer corners, so they survive every layout without loss.
 """
 
@@ -70,7 +70,7 @@ def full_disk() -> FullDisk:
 
 @dataclass(frozen=True)
 class Scene:
-    """A synthetic picture: (H, W, 3) uint8 pixels, (G, 4) xyxy pixel-edge boxes, (G,) labels, (G,) flags."""
+    """A synthetic image: (H, W, 3) uint8 pixels, (G, 4) xyxy pixel-edge boxes, (G,) labels, (G,) flags."""
 
     image: npt.NDArray[np.uint8]
     boxes: npt.NDArray[np.float32]
@@ -169,7 +169,7 @@ def coco_folder(tmp_path: Path) -> FolderFactory:
     """Factory of a COCO folder: annotations/instances_<split>.json and <split>/, splits train and val by default.
 
     Category ids are 3, 6, 9, ... (with gaps), image ids 100 + scene index, file names "000000.jpg" of the scene index.
-    The last object of every second picture that has several is a crowd.
+    The last object of every second image that has several is a crowd.
     """
 
     def make(
@@ -221,7 +221,7 @@ def coco_folder(tmp_path: Path) -> FolderFactory:
 def yolo_folder(tmp_path: Path) -> FolderFactory:
     """Factory of a YOLO folder: data.yaml, images/<split>/, labels/<split>/, splits train and val by default.
 
-    Pictures without objects have no label file.
+    Images without objects have no label file.
     """
 
     def make(

@@ -1,4 +1,4 @@
-"""Pictures of every kind end up as RGB; broken ones end in one line that names the file."""
+"""Images of every kind end up as RGB; broken ones end in one line that names the file."""
 
 from __future__ import annotations
 

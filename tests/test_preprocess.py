@@ -1,4 +1,4 @@
-"""The way from a picture to network input, against torch, Pillow and a loop over pixels."""
+"""The way from an image to network input, against torch, Pillow and a loop over pixels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refinedet.preprocess import normalize, preprocess, resize
 CAFFE = ModelConfig(mean=(104.0, 117.0, 123.0), std=(1.0, 1.0, 1.0), channel_order="bgr")
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -28,7 +28,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 def test_bilinear_is_torchs_without_antialiasing(
     seed: int, height: int, width: int, to_height: int, to_width: int
 ) -> None:
-    image = picture(height, width, seed)
+    image = make_image(height, width, seed)
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].double()
     expected = F.interpolate(tensor, (to_height, to_width), mode="bilinear", align_corners=False, antialias=False)
     result = resize(image, to_height, to_width)
@@ -48,7 +48,7 @@ def test_bilinear_by_hand() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(30, 20), (200, 300), (64, 64)])
 def test_antialias_is_pillows(height: int, width: int) -> None:
-    image = picture(height, width)
+    image = make_image(height, width)
     expected = np.asarray(Image.fromarray(image).resize((96, 64), Image.Resampling.BILINEAR))
     result = resize(image, 64, 96, "antialias")
     assert result.dtype == np.float32
@@ -56,7 +56,7 @@ def test_antialias_is_pillows(height: int, width: int) -> None:
 
 
 def test_laws_differ_when_shrinking() -> None:
-    image = picture(200, 200)
+    image = make_image(200, 200)
     plain = preprocess(image, ModelConfig(), (64, 64))
     smooth = preprocess(image, ModelConfig(resize="antialias"), (64, 64))
     assert plain.std() > 1.5 * smooth.std()
@@ -73,7 +73,7 @@ def test_channel_order_mean_and_std() -> None:
 
 @pytest.mark.parametrize("config", [CAFFE, ModelConfig()])
 def test_the_whole_path_equals_a_loop(config: ModelConfig) -> None:
-    image = picture(7, 9, 3)
+    image = make_image(7, 9, 3)
     result = preprocess(image, config, (5, 4))
     assert result.shape == (3, 5, 4)
     assert result.dtype == np.float32
@@ -86,12 +86,12 @@ def test_the_whole_path_equals_a_loop(config: ModelConfig) -> None:
 
 
 def test_default_size_is_the_configs() -> None:
-    assert preprocess(picture(10, 10), ModelConfig(image_size=(64, 128))).shape == (3, 64, 128)
-    assert preprocess(picture(10, 10), ModelConfig(image_size=(64, 128)), (10, 20)).shape == (3, 10, 20)
+    assert preprocess(make_image(10, 10), ModelConfig(image_size=(64, 128))).shape == (3, 64, 128)
+    assert preprocess(make_image(10, 10), ModelConfig(image_size=(64, 128)), (10, 20)).shape == (3, 10, 20)
 
 
-def test_the_picture_is_left_alone() -> None:
-    image = picture(64, 64)
+def test_the_image_is_left_alone() -> None:
+    image = make_image(64, 64)
     before = image.copy()
     preprocess(image, CAFFE, (64, 64))
     assert np.array_equal(image, before)
@@ -106,6 +106,6 @@ def test_the_picture_is_left_alone() -> None:
         np.zeros((0, 4, 3), dtype=np.uint8),
     ],
 )
-def test_what_is_no_picture_is_refused(image: np.ndarray) -> None:
+def test_what_is_no_image_is_refused(image: np.ndarray) -> None:
     with pytest.raises(ValueError, match="image must"):
         resize(image, 8, 8)

@@ -59,7 +59,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubDetector:
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small picture and returns its path."""
+    """Writes a small image and returns its path."""
 
     def make(name: str, size: tuple[int, int] = (40, 30)) -> Path:
         path = tmp_path / name

@@ -92,7 +92,7 @@ def test_predict_goes_on_after_a_broken_image(
 ) -> None:
     good, cut, text = photo("a.jpg"), photo("b.jpg", (200, 200)), tmp_path / "c.jpg"
     cut.write_bytes(cut.read_bytes()[:400])
-    text.write_text("not a picture")
+    text.write_text("not an image")
     also_good = photo("d.jpg")
     files = [str(path) for path in (good, cut, text, also_good)]
     assert cli.main(["predict", "stub", *files, "--json", str(tmp_path / "r.json")]) == 1
@@ -296,8 +296,8 @@ def test_full_disk_keeps_the_previous_json(
     full_disk: FullDisk,
 ) -> None:  # fmt: skip
     result = tmp_path / "r.json"
-    picture = photo("a.jpg")
-    command = ["predict", "stub", str(picture), "--json", str(result)]
+    image = photo("a.jpg")
+    command = ["predict", "stub", str(image), "--json", str(result)]
     assert cli.main(command) == 0
     earlier = result.read_text()
     with full_disk(20):

@@ -171,8 +171,8 @@ def test_inspect(
     assert cli.main(["inspect", str(data), "--mosaic", str(tmp_path / "sheets" / "m.png")]) == 0
     assert "cat" in capsys.readouterr().out
     assert Image.open(tmp_path / "sheets" / "m.png").width > 100
-    picture = data / "JPEGImages" / "000001.jpg"
-    picture.write_bytes(picture.read_bytes()[:300])
+    image = data / "JPEGImages" / "000001.jpg"
+    image.write_bytes(image.read_bytes()[:300])
     assert cli.main(["inspect", str(data)]) == 1
     output = capsys.readouterr()
     assert "000001.jpg" in output.out

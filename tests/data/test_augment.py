@@ -1,4 +1,4 @@
-"""The sampling law against a slow reading of the official code, and pictures against their boxes."""
+"""The sampling law against a slow reading of the official code, and images against their boxes."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_geometry_obeys_the_law(seed: int, width: int, height: int, count: int) 
     geometry = sample_geometry(rng, width, height, boxes, config)
     left, top, right, bottom = geometry.region
     assert geometry.interpolation in LAWS
-    # Within a canvas of at most four pictures' sides.
+    # Within a canvas of at most four images' sides.
     assert right - left <= 4 * width
     assert bottom - top <= 4 * height
-    # The last sampler wants no overlap, so a crop may even miss the picture.
+    # The last sampler wants no overlap, so a crop may even miss the image.
     assert -3 * width <= left < right <= 4 * width
     assert -3 * height <= top < bottom <= 4 * height
     size = (96, 64)
@@ -99,7 +99,7 @@ def test_expansion_statistics() -> None:
     regions = np.array(draws)
     width, height = regions[:, 2] - regions[:, 0], regions[:, 3] - regions[:, 1]
     ratio = width / 100
-    # Both sides grow by the same U(1, 4), down to whole pixels; the picture lies at a whole pixel of the canvas.
+    # Both sides grow by the same U(1, 4), down to whole pixels; the image lies at a whole pixel of the canvas.
     assert np.abs(width / 2 - height).max() <= 1
     assert ratio.min() >= 1
     assert ratio.max() <= 4
@@ -182,7 +182,7 @@ def test_crops_are_distributed_as_the_official_ones(boxes: list[list[float]]) ->
             / count
         )
         assert distance < 0.09
-    # Crops lie in the picture; scale 0.3 to 1, aspect within [max(1/2, s^2), min(2, 1/s^2)].
+    # Crops lie in the image; scale 0.3 to 1, aspect within [max(1/2, s^2), min(2, 1/s^2)].
     assert crops.min() >= 0
     assert crops.max() <= 1 + 1e-9
     width, height = crops[:, 2] - crops[:, 0], crops[:, 3] - crops[:, 1]
@@ -194,13 +194,13 @@ def test_crops_are_distributed_as_the_official_ones(boxes: list[list[float]]) ->
 
 @pytest.mark.parametrize("least", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_a_sampler_keeps_its_promise(least: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crop overlaps at least one target by that much, in the pixels of the expanded picture as well."""
+    """A crop overlaps at least one target by that much, in the pixels of the expanded image as well."""
     assert augment.CROP_MIN_OVERLAPS == (0.1, 0.3, 0.5, 0.7, 0.9, None)
     monkeypatch.setattr(augment, "CROP_MIN_OVERLAPS", (least,))
     rng = np.random.default_rng(4)
     cropped, best = 0, []
     for number in range(300):
-        # One target is nearly the whole picture, or a 0.9 would hardly ever be found.
+        # One target is nearly the whole image, or a 0.9 would hardly ever be found.
         boxes = np.concatenate([random_targets(rng, 2, 160, 90), np.float32([[2, 1, 158, 89]])])
         config = AugmentConfig(expand_probability=float(number % 2), expand_ratio=1.5)
         region = sample_geometry(rng, 160, 90, boxes, config).region
@@ -215,7 +215,7 @@ def test_a_sampler_keeps_its_promise(least: float, monkeypatch: pytest.MonkeyPat
     assert min(best) >= least - 1e-6
 
 
-# Pictures.
+# Images.
 
 
 def extent(mask: np.ndarray) -> list[int]:
@@ -264,7 +264,7 @@ def test_identity_and_mirror(law: str, flip: bool) -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 def test_expansion_fills_with_the_mean(law: str) -> None:
-    # A canvas of 4 x 4 pictures, the picture in its second column and third row; 1 pixel of the canvas is 1 of the
+    # A canvas of 4 x 4 images, the image in its second column and third row; 1 pixel of the canvas is 1 of the
     # result.
     image = np.full((20, 30, 3), 200, dtype=np.uint8)
     geometry = Geometry((-30, -40, 90, 40), False, law)
@@ -276,7 +276,7 @@ def test_expansion_fills_with_the_mean(law: str) -> None:
     np.testing.assert_array_equal(result, expected)
 
 
-def test_a_region_without_picture_is_all_filling() -> None:
+def test_a_region_without_image_is_all_filling() -> None:
     image = np.full((20, 30, 3), 200, dtype=np.uint8)
     result = render(image, Geometry((-300, -300, -200, -200), True, "linear"), Photometric(), (8, 8), GREY)
     assert (result == np.array([110, 112, 114])).all()
@@ -287,10 +287,10 @@ def test_a_region_without_picture_is_all_filling() -> None:
     width=st.integers(20, 300), height=st.integers(20, 300), ratio=st.floats(1.0, 4.0), share=st.floats(0.0, 1.0),
     law=st.sampled_from(LAWS), size=st.sampled_from([(64, 64), (320, 320), (96, 160)]),
 )  # fmt: skip
-def test_expansion_fills_what_the_picture_does_not_cover(
+def test_expansion_fills_what_the_image_does_not_cover(
     width: int, height: int, ratio: float, share: float, law: str, size: tuple[int, int]
 ) -> None:
-    """Every pixel of the result that lies wholly in the picture shows it, every other one is filling."""
+    """Every pixel of the result that lies wholly in the image shows it, every other one is filling."""
     canvas_width, canvas_height = int(width * ratio), int(height * ratio)
     left, top = -int(share * (canvas_width - width)), -int(share * (canvas_height - height))
     geometry = Geometry((left, top, left + canvas_width, top + canvas_height), False, law)
@@ -317,7 +317,7 @@ def test_expansion_fills_what_the_picture_does_not_cover(
 def test_a_ramp_stays_in_place(
     left: float, top: float, right: float, bottom: float, law: str, size: tuple[int, int]
 ) -> None:
-    """A picture whose levels tell the place: five levels of red per column, five of green per row."""
+    """An image whose levels tell the place: five levels of red per column, five of green per row."""
     levels = (5 * np.arange(50)).astype(np.uint8)
     image = np.stack(np.broadcast_arrays(levels[None, :], levels[:, None], np.uint8(255)), axis=2)
     region = (left, top, 50 + right, 50 + bottom)
@@ -329,7 +329,7 @@ def test_a_ramp_stays_in_place(
     columns = np.flatnonzero((x > reach_x) & (x < 50 - reach_x))
     rows = np.flatnonzero((y > reach_y) & (y < 50 - reach_y))
     inner = result[np.ix_(rows, columns)].astype(float)
-    # Five levels are one pixel of the picture. Pillow truncates linear and cubic results, its cubic kernel is not exact
+    # Five levels are one pixel of the image. Pillow truncates linear and cubic results, its cubic kernel is not exact
     # on a ramp, and nearest and a box of whole pixels are half a pixel off.
     tolerance = {"linear": 1.1, "lanczos": 0.7, "cubic": 1.5, "nearest": 2.6, "area": 3.1}[law]
     assert np.abs(inner[:, :, 0] - 5 * (x[columns][None, :] - 0.5)).max(initial=0) <= tolerance
@@ -439,7 +439,7 @@ def test_colours_saturate_after_each_step() -> None:
     assert result.getpixel((0, 0)) == (255, 105, 0)
 
 
-def test_the_picture_is_left_alone() -> None:
+def test_the_image_is_left_alone() -> None:
     image = np.random.default_rng(11).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     boxes = random_targets(np.random.default_rng(12), 3, 20, 20)
     before, boxes_before = image.copy(), boxes.copy()

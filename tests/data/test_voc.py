@@ -34,7 +34,7 @@ def change(file: Path, old: str, new: str) -> None:
 
 
 def write_objects(root: Path, *objects: str, index: int = 0) -> Path:
-    """Replace the annotation of one picture; pictures are 96x64."""
+    """Replace the annotation of one image; images are 96x64."""
     file = xml_of(root, index)
     file.write_text(
         f"<annotation><filename>{index:06d}.jpg</filename><size><width>96</width><height>64</height></size>"
@@ -175,7 +175,7 @@ def test_flat_folder_without_splits(voc_folder: FolderFactory) -> None:
 
 
 @pytest.mark.parametrize("extension", ["jpg", "JPG", "jpeg", "JPEG", "png", "PNG"])
-def test_extensions_of_pictures(voc_folder: FolderFactory, extension: str) -> None:
+def test_extensions_of_images(voc_folder: FolderFactory, extension: str) -> None:
     root = voc_folder(images=1, extension=extension)
     # Annotations copied from elsewhere often say .jpg whatever the file is.
     change(xml_of(root), "000000[.]" + extension, "000000.jpg")
@@ -193,7 +193,7 @@ def test_filename_that_disagrees(root: Path) -> None:
     assert "'other.jpg'" in dataset.problems[0].message
 
 
-def test_filename_that_alone_leads_to_the_picture(root: Path) -> None:
+def test_filename_that_alone_leads_to_the_image(root: Path) -> None:
     (root / "JPEGImages/000000.jpg").rename(root / "JPEGImages/other.jpg")
     change(xml_of(root), "000000[.]jpg", "some/folder/other.jpg")
     dataset = open_dataset(root)
@@ -208,7 +208,7 @@ def test_filename_cannot_leave_the_folder(root: Path) -> None:
     assert_bad_file(root, xml_of(root), "its image is missing")
 
 
-def test_pictures_without_annotation_are_named(root: Path) -> None:
+def test_images_without_annotation_are_named(root: Path) -> None:
     shutil.copy(root / "JPEGImages/000000.jpg", root / "JPEGImages/extra.jpg")
     dataset = open_dataset(root)
     assert len(dataset) == 4
@@ -229,7 +229,7 @@ def test_listed_annotation_is_missing(root: Path) -> None:
     assert_bad_file(root, xml_of(root), "no such annotation, but the split lists it")
 
 
-def test_picture_is_missing(root: Path) -> None:
+def test_image_is_missing(root: Path) -> None:
     (root / "JPEGImages/000000.jpg").unlink()
     assert_bad_file(root, xml_of(root), "its image is missing: no 000000.jpg")
 
@@ -296,7 +296,7 @@ def test_no_size(root: Path, size: str) -> None:
     assert "gives no image size; 96x64 taken from 000000.jpg" in dataset.problems[0].message
 
 
-def test_no_size_and_no_readable_picture(root: Path) -> None:
+def test_no_size_and_no_readable_image(root: Path) -> None:
     change(xml_of(root), "<size>.*</size>", "")
     (root / "JPEGImages/000000.jpg").write_text("no image")
     assert_bad_file(root, xml_of(root), "gives no image size, and .*not an image")
@@ -354,14 +354,14 @@ def test_unknown_class(root: Path) -> None:
     assert [(problem.path, problem.fatal) for problem in lenient.problems] == [(file, True)]
 
 
-def test_picture_of_another_size_is_found_when_it_is_loaded(root: Path) -> None:
+def test_image_of_another_size_is_found_when_it_is_loaded(root: Path) -> None:
     Image.new("RGB", (50, 50)).save(root / "JPEGImages/000000.jpg")
     dataset = open_dataset(root)
     with pytest.raises(RefineDetError, match="is 50x50, but its annotation is made for 96x64"):
         dataset.load_image(0)
 
 
-def test_exif_turned_picture_fits_its_annotation(root: Path) -> None:
+def test_exif_turned_image_fits_its_annotation(root: Path) -> None:
     """One tool annotates what is stored, another what is shown; the size tells which it was."""
     stored = np.zeros((96, 64, 3), dtype=np.uint8)
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Kinds of error: pictures of two or three boxes worked out by hand, and a slow reference on random ones."""
+"""Kinds of error: images of two or three boxes worked out by hand, and a slow reference on random ones."""
 
 from __future__ import annotations
 
@@ -255,13 +255,13 @@ def test_nothing_found_nothing_there_and_no_images() -> None:
         diagnose([found()], [], 1)
 
 
-# Random pictures, against loops over Python floats.
+# Random images, against loops over Python floats.
 
 CLASSES = 3
 
 
 def random_case(seed: int) -> tuple[list[Found], list[Objects]]:
-    """Pictures of crowded boxes on a grid of 10 pixels, so that hits, near misses and exact limits all occur."""
+    """Images of crowded boxes on a grid of 10 pixels, so that hits, near misses and exact limits all occur."""
     rng = np.random.default_rng(seed)
 
     def boxes(count: int) -> npt.NDArray[np.float32]:
@@ -310,7 +310,7 @@ def slow_outcomes(detections: Found, targets: Objects) -> list[Outcome]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_random_pictures(seed: int) -> None:
+def test_random_images(seed: int) -> None:
     detections, targets = random_case(seed)
     threshold = 0.5
     result = diagnose(detections, targets, CLASSES, score_threshold=threshold, method="area")

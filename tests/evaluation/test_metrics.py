@@ -26,7 +26,7 @@ Oracle = Callable[[Path, list[dict[str, Any]]], Array]
 
 
 class Found:
-    """Detections of one picture."""
+    """Detections of one image."""
 
     def __init__(self, boxes: npt.ArrayLike = (), scores: npt.ArrayLike = (), labels: npt.ArrayLike = ()) -> None:
         self.boxes: Array = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
@@ -35,7 +35,7 @@ class Found:
 
 
 class Truth:
-    """Objects of one picture; flags are off and areas those of the boxes unless given."""
+    """Objects of one image; flags are off and areas those of the boxes unless given."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Truth:
 
 
 def hand_example() -> tuple[list[Found], list[Truth]]:
-    """One class, two pictures, three objects that count (A, B, C) and a difficult one (X).
+    """One class, two images, three objects that count (A, B, C) and a difficult one (X).
 
     score  detection            IoU                                   verdict        hits/seen  precision  recall
     0.9    on A                 100 / 100                             hit            1/1        1          1/3
@@ -234,7 +234,7 @@ def voc_by_loop(found: list[Found], truths: list[Truth], label: int, threshold: 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[list[Found], list[Truth], int]:
-    """Pictures with objects, some difficult, some twins, and detections near them, repeated, or anywhere."""
+    """Images with objects, some difficult, some twins, and detections near them, repeated, or anywhere."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     num_classes = draw(st.integers(1, 3))
     images = draw(st.integers(1, 5))

@@ -86,7 +86,7 @@ def test_other_sizes_have_no_passes(size: tuple[int, int]) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_ratio_pass_follows_the_picture() -> None:
+def test_the_ratio_pass_follows_the_image() -> None:
     ratio = Pass(320, 192)
     assert ratio.size((500, 375)) == (192, 320)
     assert ratio.size((375, 500)) == (320, 192)
@@ -187,11 +187,11 @@ def test_vote_without_area_ends() -> None:
     assert vote(np.zeros((0, 4), np.float32), np.zeros(0, np.float32))[0].shape == (0, 4)
 
 
-# Passes over pictures -------------------------------------------------------------------------------------------------
+# Passes over images -------------------------------------------------------------------------------------------------
 
 
 class Finder:
-    """Finds the bright rectangle of a picture exactly, at every size; notes what it was asked."""
+    """Finds the bright rectangle of an image exactly, at every size; notes what it was asked."""
 
     class_names = NAMES
 
@@ -223,7 +223,7 @@ class Finder:
         return Detections(np.array([box]), np.array([0.8]), np.array([label]), NAMES, size)
 
 
-def picture(size: tuple[int, int], box: tuple[int, int, int, int], label: int = 0) -> Array:
+def make_image(size: tuple[int, int], box: tuple[int, int, int, int], label: int = 0) -> Array:
     image = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     image[box[1] : box[3], box[0] : box[2], : label + 1] = 255
     return image
@@ -236,7 +236,7 @@ def test_mirrored_passes_come_back_in_place(side: int, form: Any) -> None:
     boxes = [(3, 5, 103, 300), (200, 17, 375, 35), (1, 2, 12, 14)]
     model = Finder(side)
     found = MultiScale(model, form).predict_arrays(
-        [picture(s, b, label % 2) for label, (s, b) in enumerate(zip(sizes, boxes, strict=True))]
+        [make_image(s, b, label % 2) for label, (s, b) in enumerate(zip(sizes, boxes, strict=True))]
     )
     for label, (one, size, box) in enumerate(zip(found, sizes, boxes, strict=True)):
         assert one.image_size == size
@@ -248,7 +248,7 @@ def test_mirrored_passes_come_back_in_place(side: int, form: Any) -> None:
 
 def test_runs_are_batched_by_size_within_a_pixel_budget() -> None:
     model = Finder()
-    images = [picture((500, 375), (3, 5, 103, 300))] * 3 + [picture((375, 500), (3, 5, 103, 300))]
+    images = [make_image((500, 375), (3, 5, 103, 300))] * 3 + [make_image((375, 500), (3, 5, 103, 300))]
     MultiScale(model, "voc", batch_size=4).predict_arrays(images)
     runs: dict[Any, list[int]] = {}
     for size, count in model.calls:
@@ -280,7 +280,7 @@ def test_filters_drop_what_a_pass_may_not_say() -> None:
     ):
         model = Finder()
         model.only_at = Pass(long, short).size(size)
-        (found,) = MultiScale(model, "voc").predict_arrays([picture(size, box)])
+        (found,) = MultiScale(model, "voc").predict_arrays([make_image(size, box)])
         assert len(found) == int(kept), (long, short, box)
 
 
@@ -291,7 +291,7 @@ def test_classes_do_not_vote_for_each_other_and_the_threshold_comes_last() -> No
             boxes = np.array([[10, 10, 490, 370], [10, 10, 490, 370]])
             return Detections(boxes, np.array([0.3, 0.8]), np.array([0, 1]), NAMES, size)
 
-    image = picture((500, 375), (0, 0, 9, 9))
+    image = make_image((500, 375), (0, 0, 9, 9))
     (found,) = MultiScale(TwoClasses(), "voc").predict_arrays([image])
     assert found.labels.tolist() == [1, 0]
     (found,) = MultiScale(TwoClasses(), "voc").predict_arrays([image], threshold=0.5)

@@ -1,4 +1,4 @@
-"""The page of errors: what it says, that it is sound HTML which loads nothing, and which pictures go with it."""
+"""The page of errors: what it says, that it is sound HTML which loads nothing, and which images go with it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def report_of(dataset: DetectionDataset, detections: list[Detections], metric: A
 
 @pytest.fixture
 def dataset(voc_folder: FolderFactory) -> DetectionDataset:
-    """Six pictures of 96 x 64, of which the fourth has no objects."""
+    """Six images of 96 x 64, of which the fourth has no objects."""
     return replace(
         open_dataset(voc_folder(class_names=("lynx", "otter")), "trainval", ("lynx", "otter")), class_names=NAMES
     )
@@ -121,7 +121,7 @@ def test_the_page_says_what_the_report_says(dataset: DetectionDataset, tmp_path:
     assert "voc trainval" in reader.text
     assert "0.250 s per image" in reader.text
     assert {"voc07": "11-point", "voc": "area AP", "coco": "0.50:0.95"}[metric] in reader.text
-    # Objects of 96 x 64 pictures have no more than 48 x 32 pixels.
+    # Objects of 96 x 64 images have no more than 48 x 32 pixels.
     assert reader.text.count("no objects") == 1
     for title in ("Errors", "Classes", "Precision and recall", "Confusion", "Sizes", "Images"):
         assert title in reader.text
@@ -162,8 +162,8 @@ def test_counts_of_errors_by_hand(dataset: DetectionDataset, tmp_path: Path) -> 
     assert "3 wrong, 0 missed" in text
 
 
-def test_pictures_show_what_is_wrong(tmp_path: Path) -> None:
-    """A black picture with boxes in yellow (missed), blue (found), gray (does not count) and magenta (wrong)."""
+def test_images_show_what_is_wrong(tmp_path: Path) -> None:
+    """A black image with boxes in yellow (missed), blue (found), gray (does not count) and magenta (wrong)."""
     from refinedet.data.problems import ProblemLog
     from refinedet.data.records import RecordBuilder
 
@@ -195,7 +195,7 @@ def test_pictures_show_what_is_wrong(tmp_path: Path) -> None:
         assert np.abs(edge - color).sum(axis=1).min() < 60, (edge, color)
 
 
-def test_few_pictures_are_decoded_however_many_are_wrong(
+def test_few_images_are_decoded_however_many_are_wrong(
     voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = open_dataset(voc_folder(images=40, class_names=("lynx", "otter")), "trainval", ("lynx", "otter"))
@@ -214,7 +214,7 @@ def test_few_pictures_are_decoded_however_many_are_wrong(
     assert counts[:WORST_IMAGES] == sorted(counts[:WORST_IMAGES], reverse=True)
     assert min(counts[:WORST_IMAGES]) >= max(counts[WORST_IMAGES:])
     assert decoded[WORST_IMAGES:] == sorted(decoded[WORST_IMAGES:])
-    # A better detector leaves fewer pictures, and none of the earlier ones; other files stay.
+    # A better detector leaves fewer images, and none of the earlier ones; other files stay.
     (tmp_path / "images/mine.jpg").write_bytes(b"x")
     answers = [*moved(data)[:38], *answers[38:]]
     path = write_page(report_of(data, answers), tmp_path)
@@ -284,7 +284,7 @@ def test_learning_curves(dataset: DetectionDataset, tmp_path: Path) -> None:
     assert "no losses and no mAP" in read(write_page(report, tmp_path / "page", metrics_csv=log)).text
 
 
-def test_a_picture_that_is_gone_costs_its_place_only(dataset: DetectionDataset, tmp_path: Path) -> None:
+def test_an_image_that_is_gone_costs_its_place_only(dataset: DetectionDataset, tmp_path: Path) -> None:
     report = report_of(dataset, moved(dataset, shift=200))
     dataset[0].image_path.unlink()
     reader = read(write_page(report, tmp_path / "page"))

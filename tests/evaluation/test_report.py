@@ -59,7 +59,7 @@ class ToldDetector:
 
 
 def right_answers(dataset: DetectionDataset, shift: float = 0.0) -> list[Detections]:
-    """Every object of every picture, moved right by ``shift`` pixels, each with another score."""
+    """Every object of every image, moved right by ``shift`` pixels, each with another score."""
     answers = []
     for index in range(len(dataset)):
         record = dataset[index]
@@ -96,7 +96,7 @@ def test_perfect_answers_score_one(voc_folder: FolderFactory, metric: Any) -> No
     assert set(report) == ({"mAP", *COCO_NAMES} if metric == "coco" else {"mAP"})
     assert report.settings.score_threshold == model.config.inference.score_threshold
     assert report.settings.model.backbone == "vgg16"
-    # The pictures came in order, in batches, unspoilt.
+    # The images came in order, in batches, unspoilt.
     assert model.batches == [4, 2]
     for index, image in enumerate(model.seen):
         np.testing.assert_array_equal(image, dataset.load_image(index))
@@ -395,7 +395,7 @@ def test_detections_must_fit_the_data(voc_folder: FolderFactory, tmp_path: Path)
         evaluate(ToldDetector([]), tmp_path / "nowhere")
 
 
-def test_broken_picture_ends_in_its_name(voc_folder: FolderFactory) -> None:
+def test_broken_image_ends_in_its_name(voc_folder: FolderFactory) -> None:
     folder = voc_folder(images=6, class_names=NAMES)
     dataset = open_dataset(folder, "trainval")
     broken = folder / "JPEGImages" / "000004.jpg"
@@ -406,7 +406,7 @@ def test_broken_picture_ends_in_its_name(voc_folder: FolderFactory) -> None:
 
 
 class CountingDataset(DetectionDataset):
-    """Made of blank pictures; remembers how many were loaded."""
+    """Made of blank images; remembers how many were loaded."""
 
     loaded = 0
 

@@ -31,7 +31,7 @@ NAMES = ("lynx", "otter")
 
 
 class Guesser:
-    """Three boxes in every picture: the whole of it, a part, and a sliver thinner than a pixel at its right edge."""
+    """Three boxes in every image: the whole of it, a part, and a sliver thinner than a pixel at its right edge."""
 
     def __init__(self, class_names: tuple[str, ...] = NAMES) -> None:
         self.class_names = class_names
@@ -63,7 +63,7 @@ def submit(model: Guesser, data: Path, split: str | None, metric: str, file: Pat
 
 @pytest.fixture
 def voc_test(voc_folder: FolderFactory) -> Path:
-    """VOC 2012 test as it comes from its server: pictures and lists, no annotations; 3 pictures."""
+    """VOC 2012 test as it comes from its server: images and lists, no annotations; 3 images."""
     root = voc_folder(name="VOCdevkit/VOC2012", splits={"test": [0, 2, 4]}, class_names=NAMES)
     shutil.rmtree(root / "Annotations")
     return root.parent
@@ -71,7 +71,7 @@ def voc_test(voc_folder: FolderFactory) -> Path:
 
 @pytest.fixture
 def coco_test(coco_folder: FolderFactory) -> Path:
-    """COCO with test-dev2017: annotated train2017 and val2017, test2017 with a list of three of its pictures."""
+    """COCO with test-dev2017: annotated train2017 and val2017, test2017 with a list of three of its images."""
     root = coco_folder(class_names=NAMES, splits={"train2017": [0, 2], "val2017": [1, 3], "test2017": [0, 2, 4, 5]})
     instances = root / "annotations" / "instances_test2017.json"
     document = json.loads(instances.read_text())
@@ -107,7 +107,7 @@ def test_voc_archive_in_the_devkits_layout(voc_test: Path, tmp_path: Path, endin
     assert lynx == "".join(f"{i} 0.75000000 1.000 1.000 96.000 64.000\n" for i in ids)
     otter = content["results/VOC2012/Main/comp4_det_test_otter.txt"].splitlines()
     assert otter[0] == "000000 0.50000000 3.500 4.250 20.000 30.000"
-    # Thinner than a pixel: the pixel it lies on, and not beyond the picture.
+    # Thinner than a pixel: the pixel it lies on, and not beyond the image.
     assert otter[1] == "000000 0.25000000 96.000 6.000 96.000 9.000"
     assert len(otter) == 6
 
@@ -177,7 +177,7 @@ def test_a_test_set_beside_an_annotated_year(voc_test: Path, voc_folder: FolderF
     assert len(open_dataset(voc_test, "2012:test", NAMES, require_annotations=False)) == 3
 
 
-def test_pictures_of_a_test_set_must_be_there(voc_test: Path, tmp_path: Path) -> None:
+def test_images_of_a_test_set_must_be_there(voc_test: Path, tmp_path: Path) -> None:
     missing = voc_test / "VOC2012" / "JPEGImages" / "000002.jpg"
     missing.unlink()
     with pytest.raises(RefineDetError, match=r"000002\.jpg: no such image file"):
@@ -187,7 +187,7 @@ def test_pictures_of_a_test_set_must_be_there(voc_test: Path, tmp_path: Path) ->
     assert len(lenient) == 2
 
 
-def test_without_lists_every_picture_is_taken(voc_test: Path) -> None:
+def test_without_lists_every_image_is_taken(voc_test: Path) -> None:
     dataset = open_dataset(voc_test, None, NAMES, require_annotations=False)
     assert len(dataset) == 6
     assert not dataset.annotated
@@ -217,7 +217,7 @@ def test_coco_test_dev(coco_test: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert list(read_archive(tmp_path / "b.zip")) == ["detections_test-dev2017_b_results.json"]
 
 
-def test_lists_of_pictures_do_not_get_in_the_way(coco_test: Path) -> None:
+def test_lists_of_images_do_not_get_in_the_way(coco_test: Path) -> None:
     assert list_splits(coco_test) == ("train2017", "val2017")
     assert len(open_dataset(coco_test)) == 4
     assert open_dataset(coco_test, "val2017", require_annotations=False).annotated

@@ -50,7 +50,7 @@ def test_classes_count_from_one_there_and_padding_stays_here() -> None:
     assert third["labels"].tolist() == [2]
 
 
-def test_detections_come_back_in_pixels_of_the_picture_with_our_labels() -> None:
+def test_detections_come_back_in_pixels_of_the_image_with_our_labels() -> None:
     network = tiny_ssd()
     found = {"boxes": torch.tensor([[0.0, 16, 32, 64]]), "scores": torch.tensor([0.9]), "labels": torch.tensor([2])}
     network.forward = lambda images: [found] * len(images)  # type: ignore[method-assign]

@@ -78,7 +78,7 @@ def test_several_data_sets_are_trained_on_together(
     assert "its classes differ" in errors[0]
 
 
-PictureMaker = Callable[[Path, np.ndarray], None]
+ImageMaker = Callable[[Path, np.ndarray], None]
 
 
 def _exif(path: Path, pixels: np.ndarray) -> None:
@@ -87,7 +87,7 @@ def _exif(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(np.rot90(pixels).copy()).save(path, exif=exif)
 
 
-ODD_PICTURES: dict[str, PictureMaker] = {
+ODD_IMAGES: dict[str, ImageMaker] = {
     "gray.png": lambda path, pixels: Image.fromarray(pixels).convert("L").save(path),
     "cmyk.jpg": lambda path, pixels: Image.fromarray(pixels).convert("CMYK").save(path),
     "palette.png": lambda path, pixels: Image.fromarray(pixels).convert("P").save(path),
@@ -97,12 +97,10 @@ ODD_PICTURES: dict[str, PictureMaker] = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_PICTURES)
-def test_odd_pictures_are_pictures(
-    name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("name", ODD_IMAGES)
+def test_odd_images_are_images(name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    ODD_PICTURES[name](tmp_path / name, pixels)
+    ODD_IMAGES[name](tmp_path / name, pixels)
     code, _, errors = run(
         capsys, "predict", trained, tmp_path / name, "--threshold", "0", "--save", tmp_path / "o", "--json",
         tmp_path / "o.json",
@@ -135,7 +133,7 @@ def test_an_empty_split(voc_folder: FolderFactory, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_picture_while_training(
+def test_a_truncated_image_while_training(
     voc_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     data = voc_folder(splits={"train": [0, 1, 2], "val": [4]})
@@ -146,7 +144,7 @@ def test_a_truncated_picture_while_training(
     check_refusal(run(capsys, "train", "smoke", "--data", data, "--out", tmp_path / "r", *settings), "JPEGImages", 1)
 
 
-def test_pictures_that_are_none(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_none(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     check_refusal(run(capsys, "predict", trained, tmp_path / "text.jpg"), "text.jpg", 1)
     Image.new("RGB", (200, 200)).save(tmp_path / "cut.jpg")
@@ -199,7 +197,7 @@ def test_an_unknown_class(
     check_refusal(run(capsys, "evaluate", trained, data, "--split", "val"), "dogg", 1)
 
 
-def test_coco_without_one_of_its_pictures(
+def test_coco_without_one_of_its_images(
     coco_folder: FolderFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = coco_folder()

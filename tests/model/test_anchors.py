@@ -47,7 +47,7 @@ def test_values_by_hand() -> None:
     # The next cell is to the right: centre (12, 4); the next row begins after 40 cells: centre (4, 12).
     assert anchors[3].tolist() == [-4.0, -12.0, 28.0, 20.0]
     assert anchors[120].tolist() == [-12.0, -4.0, 20.0, 28.0]
-    # Last cell of stride 64: centre (288, 288), side 256; 362.04 x 181.02 is not clipped to the picture.
+    # Last cell of stride 64: centre (288, 288), side 256; 362.04 x 181.02 is not clipped to the image.
     assert anchors[-3].tolist() == [160.0, 160.0, 416.0, 416.0]
     assert anchors[-2].tolist() == pytest.approx([106.9806, 197.4903, 469.0194, 378.5097], abs=1e-3)
     assert anchors[-1].tolist() == pytest.approx([197.4903, 106.9806, 378.5097, 469.0194], abs=1e-3)

@@ -1,4 +1,4 @@
-"""What picture number n of a training is depends on the seed and n alone."""
+"""What image number n of a training is depends on the seed and n alone."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def assert_equal(first: list[Batch], second: list[Batch]) -> None:
         assert torch.equal(a.targets.labels, b.targets.labels)
 
 
-def test_neither_workers_nor_a_stop_change_the_pictures(dataset: DetectionDataset) -> None:
+def test_neither_workers_nor_a_stop_change_the_images(dataset: DetectionDataset) -> None:
     config = TrainConfig(iterations=5, batch_size=3, workers=0, seed=4, size_schedule=((2, 128),))
     alone = batches_of(dataset, config)
     assert [tuple(batch.images.shape) for batch in alone] == [(3, 3, 64, 64)] * 2 + [(3, 3, 128, 128)] * 3
@@ -133,8 +133,8 @@ def test_without_augmentation_a_batch_is_the_data(dataset: DetectionDataset) -> 
     assert seen == set(range(5))
 
 
-def test_a_mosaic_is_four_pictures_side_by_side(voc_folder: FolderFactory) -> None:
-    """Of one picture without other augmentation: each group of boxes says where its tile is."""
+def test_a_mosaic_is_four_images_side_by_side(voc_folder: FolderFactory) -> None:
+    """Of one image without other augmentation: each group of boxes says where its tile is."""
     data = open_dataset(voc_folder(images=1, splits={"trainval": [0]}), "trainval")
     record, image = data[0], data.load_image(0)
     objects = len(record.boxes)
@@ -165,13 +165,13 @@ def test_a_mosaic_is_four_pictures_side_by_side(voc_folder: FolderFactory) -> No
     assert len(meetings) > 3
 
 
-def test_mixup_shows_two_pictures_and_keeps_the_targets_of_both(voc_folder: FolderFactory) -> None:
+def test_mixup_shows_two_images_and_keeps_the_targets_of_both(voc_folder: FolderFactory) -> None:
     """The share of the first, found by least squares, explains every pixel; the targets say which the second is."""
     data = open_dataset(voc_folder(images=5, splits={"trainval": list(range(5))}), "trainval")
     config = TrainConfig(
         iterations=60, batch_size=1, workers=0, augment=dataclasses.replace(PLAIN, mixup_probability=1.0)
     )
-    pictures = [normalize(resize(data.load_image(i), *SIZE), MODEL).astype(np.float64) for i in range(5)]
+    whole = [normalize(resize(data.load_image(i), *SIZE), MODEL).astype(np.float64) for i in range(5)]
     boxes = [one.boxes * np.array([64 / one.width, 64 / one.height] * 2, dtype=np.float32) for one in data.records]
     shares, seconds = [], set()
     for batch in batches_of(data, config):
@@ -184,8 +184,8 @@ def test_mixup_shows_two_pictures_and_keeps_the_targets_of_both(voc_folder: Fold
         seconds.add(second)
         if first == second:
             continue
-        difference = pictures[first] - pictures[second]
-        mixed = batch.images[0].numpy().astype(np.float64) - pictures[second]
+        difference = whole[first] - whole[second]
+        mixed = batch.images[0].numpy().astype(np.float64) - whole[second]
         share = float((difference * mixed).sum() / (difference**2).sum())
         assert np.abs(mixed - share * difference).max() < 2.5 / 57, "each rounding may cost a level"
         shares.append(share)
@@ -196,7 +196,7 @@ def test_mixup_shows_two_pictures_and_keeps_the_targets_of_both(voc_folder: Fold
     assert abs(np.std(shares) - 0.121) < 0.04
 
 
-def test_mosaics_mix_pictures_and_survive_a_stop(dataset: DetectionDataset) -> None:
+def test_mosaics_mix_images_and_survive_a_stop(dataset: DetectionDataset) -> None:
     augment = AugmentConfig(mosaic_probability=0.5, mixup_probability=0.5)
     config = TrainConfig(iterations=8, batch_size=2, workers=0, augment=augment, seed=1)
     alone = batches_of(dataset, config)
@@ -205,7 +205,7 @@ def test_mosaics_mix_pictures_and_survive_a_stop(dataset: DetectionDataset) -> N
     assert [batch.names for batch in never] == [batch.names for batch in alone]
 
 
-def test_kept_pictures_are_read_once_and_stay_what_they_are(
+def test_kept_images_are_read_once_and_stay_what_they_are(
     dataset: DetectionDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(iterations=8, batch_size=3, workers=0, augment=AugmentConfig(mosaic_probability=0.5), seed=1)
@@ -235,7 +235,7 @@ def test_difficult_boxes_are_used_and_crowds_are_not(dataset: DetectionDataset, 
 
 
 def test_filling_is_the_mean_colour(dataset: DetectionDataset) -> None:
-    """After normalisation the surroundings of an expanded picture are nearly 0, whatever the channel order."""
+    """After normalisation the surroundings of an expanded image are nearly 0, whatever the channel order."""
     augment = dataclasses.replace(PLAIN, expand_probability=1.0)
     config = TrainConfig(iterations=4, batch_size=4, workers=0, augment=augment)
     for model in (MODEL, dataclasses.replace(MODEL, channel_order="bgr", mean=(10.0, 100.0, 200.0), std=(1.0,) * 3)):
@@ -244,7 +244,7 @@ def test_filling_is_the_mean_colour(dataset: DetectionDataset) -> None:
         assert filled.float().mean() > 0.3
 
 
-def test_pictures_differ_from_pass_to_pass(dataset: DetectionDataset) -> None:
+def test_images_differ_from_pass_to_pass(dataset: DetectionDataset) -> None:
     config = TrainConfig(iterations=10, batch_size=1, workers=0)
     batches = batches_of(dataset, config)
     same = [(a, b) for a in batches[:5] for b in batches[5:] if a.names == b.names]

@@ -286,7 +286,7 @@ def test_what_is_saved_is_the_moving_average(voc_folder: FolderFactory, tmp_path
 
 
 def test_accumulated_steps_are_the_mean_of_their_losses(voc_folder: FolderFactory, tmp_path: Path) -> None:
-    """Two passes of the same four pictures must move the weights exactly as one pass of them."""
+    """Two passes of the same four images must move the weights exactly as one pass of them."""
     data = voc_folder(images=1, splits={"train": [0]})
     frozen = dataclasses.replace(tiny().model, tcb_batch_norm=False, backbone_norm="frozen")
     results = []
@@ -307,7 +307,7 @@ def test_accumulated_steps_are_the_mean_of_their_losses(voc_folder: FolderFactor
             torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_pictures(
+def test_a_loss_that_is_no_number_stops_before_the_update_and_names_the_images(
     voc_folder: FolderFactory, tmp_path: Path
 ) -> None:
     data = voc_folder(images=12)
@@ -377,7 +377,7 @@ def test_wrong_calls_end_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_pictures_that_are_trained_and_evaluated_on_are_counted(
+def test_images_that_are_trained_and_evaluated_on_are_counted(
     voc_folder: FolderFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = voc_folder(images=12)
@@ -447,7 +447,7 @@ run = train(preset, sys.argv[2], out=sys.argv[3], init_weights="random", device=
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(voc_folder: FolderFactory, tmp_path: Path) -> None:
-    """Same total batch, same pictures; batch norm sees other batches, so it is frozen or absent here."""
+    """Same total batch, same images; batch norm sees other batches, so it is frozen or absent here."""
     from refinedet.dataclass_json import to_dict
 
     data = voc_folder(images=8)
@@ -479,7 +479,7 @@ def test_two_processes_give_the_gradients_of_one(voc_folder: FolderFactory, tmp_
         # Differences of weights carry the rounding of the weights.
         torch.testing.assert_close(two, one, rtol=1e-3, atol=2e-7 + 1e-6 * float(before.abs().max()))
     assert moved > 60
-    # Evaluation: every picture once, so the very same figures and detections as one process found.
+    # Evaluation: every image once, so the very same figures and detections as one process found.
     reports = [json.loads((tmp_path / name / "report/report.json").read_text()) for name in ("one", "two")]
     assert reports[0]["images"] == reports[1]["images"] == 4
     first, second = (
