@@ -188,8 +188,8 @@ def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Ma
         lowest_anchor = torch.where(tied, anchor, count).amin(dim=1)
         wants = tied & (anchor == lowest_anchor[:, None])
         target = torch.where(wants, target_index, most).amin(dim=1)
-        overlaps = top > _SMALLEST_OVERLAP
-        matched[images, lowest_anchor] = torch.where(overlaps, target, matched[images, lowest_anchor])
+        is_match = top > _SMALLEST_OVERLAP
+        matched[images, lowest_anchor] = torch.where(is_match, target, matched[images, lowest_anchor])
         overlaps[images, target] = -1.0
         overlaps[images, :, lowest_anchor] = -1.0
     return Match(matched, best_overlap.clamp(min=0.0))
