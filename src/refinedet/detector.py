@@ -29,6 +29,7 @@ from refinedet.weights.folder import ModelInfo, check_category_ids, check_class_
 from refinedet.weights.store import find_model
 
 if TYPE_CHECKING:
+    from refinedet.explain import Explanation
     from refinedet.images import ImageSource, PixelSource
 
 _LOG = logging.getLogger(__name__)
@@ -260,6 +261,29 @@ class RefineDet:
         padded = PaddedArrays(*arrays)
         results = unpad(padded, images, (height, width), self.class_names, self.config.inference)
         return finish(results, threshold=threshold, sources=sources)
+
+    def explain(self, source: ImageSource, *, threshold: float = DEFAULT_THRESHOLD) -> Explanation:
+        """The steps that lead to the detections of one image, to be drawn or printed, and the time of each stage.
+
+        Args:
+            source: one image, as for ``predict``.
+            threshold: lowest score of a detection.
+
+        Raises:
+            UsageError: a threshold outside 0..1, or a source that is no image.
+            RefineDetError: the image cannot be read.
+
+        Example:
+            >>> from refinedet import RefineDet
+            >>> steps = RefineDet.from_pretrained("voc07-320-resnet18").explain("examples/chelsea.jpg")
+            >>> steps.detections.names, sum(steps.tiled)
+            (['cat'], 6375)
+            >>> steps.save("steps.png").name
+            'steps.png'
+        """
+        from refinedet.explain import explain
+
+        return explain(self, source, threshold=threshold)
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None, half: bool = False) -> Path:
         """Write model.safetensors, config.json and, if given, README.md (the model card).

@@ -268,6 +268,50 @@ def predict(
 
 
 @verb
+def explain(
+    weights: Weights,
+    image: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")],
+    /,
+    *,
+    save: OptionalFile = None,
+    threshold: float = DEFAULT_THRESHOLD,
+    device: Device = "auto",
+) -> int:
+    """Show how a detector arrives at its boxes, step by step, and how long each stage takes.
+
+    The steps are the anchors that pass the first stage (ARM), where it moves them, what the second stage (ODM) makes of
+    them, and the detections.
+
+    Args:
+        weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or hf:owner/name.
+        image: An image file or address.
+        save: Image file (.jpg or .png) for the steps, drawn side by side.
+        threshold: Lowest score of a detection.
+        device: cpu, cuda, mps, or auto (a GPU if there is one).
+    """
+    check_share("--threshold", threshold)
+
+    from refinedet.draw import check_image_ending
+
+    target = None if save is None else check_image_ending(user_path(save))
+    if target is not None:
+        check_output(target, inputs=[image], ours="steps drawn by refinedet")
+
+    from refinedet.loading import load_detector
+    from refinedet.runtime import Runtime
+
+    detector = load_detector(weights, device=device)
+    if isinstance(detector, Runtime):
+        raise UsageError(f"{weights}: an exported file has no steps to show; give the model that it was made of")
+    detector.predict(image)  # The first run of a network takes longer than those that follow.
+    steps = detector.explain(image, threshold=threshold)
+    say(steps.table())
+    if target is not None:
+        say(f"steps: {steps.save(target)}")
+    return 0
+
+
+@verb
 def inspect(
     data: Data,
     /,
