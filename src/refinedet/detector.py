@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from refinedet.config import DEFAULT_THRESHOLD, ModelConfig
-from refinedet.detections import Detections
+from refinedet.detections import Detections, check_threshold
 from refinedet.device import pick_device
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import user_path
@@ -283,6 +283,7 @@ class RefineDet:
         """
         from refinedet.explain import explain
 
+        check_threshold(threshold)
         return explain(self, source, threshold=threshold)
 
     def save_pretrained(self, folder: str | Path, *, card: str | None = None, half: bool = False) -> Path:

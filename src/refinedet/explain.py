@@ -1,4 +1,4 @@
-"""How RefineDet arrives at its boxes: the anchors that the ARM lets pass, where it moves them, what the ODM makes of them.
+"""How RefineDet arrives at its boxes: the anchors that pass the ARM, where it moves them, what the ODM makes of them.
 
 One image goes through the network once. Every box of a later step is traced back to its anchor, so that an object has
 one colour in all steps.
@@ -7,7 +7,7 @@ one colour in all steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ STAGES = ("preprocess", "backbone", "ARM", "TCB", "ODM", "post-process")
 _LEVEL_COLORS = ((255, 200, 20), (60, 200, 120), (66, 133, 244), (200, 90, 220))
 """Anchors of the four levels, from the finest to the coarsest."""
 _PANEL_SIDE = 640
+_SHOWN = 60
+"""Anchors whose boxes are drawn; more would hide each other and the image."""
 _DIMMED = 0.55
 """Brightness of the image below the boxes."""
 
@@ -101,30 +103,46 @@ class Explanation:
 
     @staticmethod
     def _centres(boxes: Floats) -> Floats:
-        return (boxes[:, :2] + boxes[:, 2:]) / 2
+        centres: Floats = (boxes[:, :2] + boxes[:, 2:]) / 2
+        return centres
 
     def draw(self) -> Pixels:
         """Four panels in one image: tiled anchors that passed, refined anchors, the ODM's boxes, detections.
 
-        Anchors have the colour of their level, those that became a detection that of its class.
+        Of the anchors, every centre is a dot, the brighter the surer the ARM is of an object, and the 60 surest are
+        drawn as boxes in the colour of their level. The boxes that became detections have the colour of their class in
+        all panels.
 
         Returns:
             (H', W', 3) uint8 RGB.
         """
-        above = self.scores >= self.threshold
+        surest = np.argsort(-self.objectness, kind="stable")[:_SHOWN]
+        above = np.flatnonzero(self.scores >= self.threshold)
+        by_level = [_LEVEL_COLORS[level % len(_LEVEL_COLORS)] for level in self.levels.tolist()]
+        by_class = [class_color(label) for label in self.labels.tolist()]
         levels = ", ".join(f"stride {stride}: {int((self.levels == n).sum())}" for n, stride in enumerate(STRIDES))
+        shown = f"the {len(surest)} surest as boxes" if len(surest) < len(self.anchors) else "all as boxes"
+        count = len(self.detections)
         panels = [
-            self._panel(self.anchors, f"1  {len(self.anchors):,} of {sum(self.tiled):,} anchors pass the ARM", levels),
-            self._panel(self.refined, "2  the ARM moves and scales them", "lines lead from where the anchor was"),
             self._panel(
-                np.where(above[:, None], self.final, np.nan).astype(np.float32),
-                f"3  the ODM classifies and moves them again: {int(above.sum()):,} score {self.threshold:g} or more",
-                "before suppression",
+                (f"1  {len(self.anchors):,} of {sum(self.tiled):,} anchors pass the ARM", f"{shown}; {levels}"),
+                self.anchors, surest, by_level,
             ),
-            self._result(f"4  {len(self.detections):,} detections after suppression", self._times()),
-        ]
-        top = np.concatenate(panels[:2], axis=1)
-        return np.concatenate([top, np.concatenate(panels[2:], axis=1)], axis=0)
+            self._panel(
+                ("2  the ARM moves and scales them", "lines lead from the centre of the anchor to where it is now"),
+                self.refined, surest, by_level,
+            ),
+            self._panel(
+                (
+                    "3  the ODM classifies them and moves them again",
+                    f"the {len(above):,} that score {self.threshold:g} or more, before suppression",
+                ),
+                self.final, above, by_class,
+            ),
+            self._result(f"4  {count} detection{'s' * (count != 1)} after suppression", self._times()),
+        ]  # fmt: skip
+        rows = (np.concatenate(panels[:2], axis=1), np.concatenate(panels[2:], axis=1))
+        return np.concatenate(rows, axis=0)
 
     def _times(self) -> str:
         return ", ".join(f"{stage} {self.milliseconds[stage]:.0f}" for stage in STAGES) + " ms"
@@ -145,21 +163,23 @@ class Explanation:
         factor = _PANEL_SIDE / max(image.size)
         return image.resize(tuple(max(1, round(side * factor)) for side in image.size)), factor  # type: ignore[arg-type]
 
-    def _panel(self, boxes: Floats, title: str, note: str) -> Pixels:
+    def _panel(
+        self, texts: tuple[str, str], boxes: Floats, chosen: Integers, colors: Sequence[tuple[int, int, int]]
+    ) -> Pixels:
+        """The darkened image with the chosen of (P, 4) boxes, and thicker those that became detections."""
         image, factor = self._scaled()
-        image = image.point(lambda value: value * _DIMMED)
-        layer = Image.new("RGBA", image.size)
-        draw = ImageDraw.Draw(layer)
-        # The surest anchors last, so that they lie on top; faint where there are many.
-        faint = int(np.clip(12_000 / max(1, len(boxes)), 30, 150))
-        for row in np.argsort(self.objectness, kind="stable").tolist():
-            if np.isfinite(boxes[row]).all():
-                self._line(draw, boxes, row, factor, (*_LEVEL_COLORS[self.levels[row] % len(_LEVEL_COLORS)], faint))
-        canvas = Image.alpha_composite(image.convert("RGBA"), layer)
-        draw = ImageDraw.Draw(canvas)
+        canvas = image.point(lambda value: value * _DIMMED)
+        draw = ImageDraw.Draw(canvas, "RGBA")
+        if boxes is self.anchors:
+            alphas = (40 + 215 * self.objectness / max(1e-6, float(self.objectness.max(initial=0)))).astype(int)
+            centres = (self._centres(boxes) * factor).tolist()
+            for (x, y), color, alpha in zip(centres, colors, alphas.tolist(), strict=True):
+                draw.rectangle((x, y, x + 1, y + 1), fill=(*color, alpha))
+        for row in chosen[::-1].tolist():
+            self._line(draw, boxes, row, factor, (*colors[row], 170))
         for label, row in reversed(list(zip(self.detections.labels.tolist(), self.origins.tolist(), strict=True))):
-            self._line(draw, boxes, row, factor, (*class_color(label), 255), width=3)
-        return _titled(canvas.convert("RGB"), title, note)
+            self._line(draw, boxes, row, factor, class_color(label), width=3)
+        return _titled(canvas, *texts)
 
     def _line(
         self, draw: ImageDraw.ImageDraw, boxes: Floats, row: int, factor: float, color: Any, width: int = 1

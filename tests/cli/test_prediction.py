@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-import types
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from PIL import Image, ImageFile
 from conftest import FullDisk
 from refinedet import cli
 from refinedet.cli.prediction import image_ids_of
+from refinedet.data import open_dataset
 from refinedet.errors import RefineDetError
 from refinedet.fonts import BUNDLED
 from refinedet.presets import PRESETS
@@ -118,20 +119,20 @@ def test_predict_coco_ids(stub: Any, photo: Callable[..., Path], tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("names", "config", "label", "category", "said"),
+    ("names", "ids", "label", "category", "said"),
     [
-        (("cat", "dog"), {}, 1, 18, False),  # COCO's own ids, of which there are 80 between 1 and 90
-        (("person", "toothbrush"), {}, 1, 90, False),
-        (("aeroplane", "tvmonitor"), {}, 1, 72, False),  # VOC's words for COCO's airplane and tv
-        (("cat", "unicorn"), {}, 1, 2, True),
-        (("cat", "dog"), {"category_ids": (7, 30)}, 1, 30, False),  # the ids of the training data go first
+        (("cat", "dog"), None, 1, 18, False),  # COCO's own ids, of which there are 80 between 1 and 90
+        (("person", "toothbrush"), None, 1, 90, False),
+        (("aeroplane", "tvmonitor"), None, 1, 72, False),  # VOC's words for COCO's airplane and tv
+        (("cat", "unicorn"), None, 1, 2, True),
+        (("cat", "dog"), (7, 30), 1, 30, False),  # the ids of the training data go first
     ],
 )
 def test_predict_coco_categories(
-    names: tuple[str, ...], config: dict[str, Any], label: int, category: int, said: bool, stub: Any,
+    names: tuple[str, ...], ids: tuple[int, ...] | None, label: int, category: int, said: bool, stub: Any,
     photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    stub.class_names, stub.config = names, types.SimpleNamespace(**config)
+    stub.class_names, stub.category_ids = names, ids
     result = tmp_path / "r.json"
     assert cli.main(["predict", "stub", str(photo("a.jpg")), "--json", str(result), "--json-format", "coco"]) == 0
     assert [item["category_id"] for item in json.loads(result.read_text())] == [category]
@@ -324,3 +325,57 @@ def test_ids_of_coco_images_are_whole_numbers_or_texts(number: str, tmp_path: Pa
     file.write_text(f'{{"images": [{{"file_name": "a.jpg", "id": {number}}}]}}')
     with pytest.raises(RefineDetError, match=r"ids\.json: the id of a\.jpg"):
         image_ids_of(["a.jpg"], file)
+
+
+def test_predict_saves_labels_for_correction(
+    stub: Any, photo: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """The stub's dog covers the left half; each layout is read back by the reader of datasets."""
+    paths = [photo("in/a.jpg"), photo("in/b.jpg", (60, 20))]
+    for layout in ("voc", "coco", "yolo"):
+        out = tmp_path / layout
+        call = ["predict", "stub", str(tmp_path / "in"), "--save-labels", layout, "--labels-out", str(out), "--quiet"]
+        assert cli.main(call) == 0
+        assert "is not empty" in refused(call)  # labels that were corrected are never overwritten
+        for folder in ("JPEGImages" if layout == "voc" else "images",):
+            shutil.copytree(tmp_path / "in", out / folder)
+        dataset = open_dataset(out)
+        assert sorted(record.image_path.name for record in dataset.records) == [path.name for path in paths]
+        for record in dataset.records:
+            assert [dataset.class_names[label] for label in record.labels] == ["dog"]
+            np.testing.assert_allclose(record.boxes, [[0, 0, record.width / 2, record.height]], atol=1e-4)
+
+
+def test_labels_of_a_stopped_prediction_are_complete(
+    stub: Any, photo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo("in/a.jpg"), photo("in/b.jpg")
+    predict = stub.predict_arrays
+
+    def stopped(images: list[Any], *, threshold: float | None = None) -> Any:
+        if stub.batches:
+            raise KeyboardInterrupt
+        return predict(images, threshold=threshold)
+
+    monkeypatch.setattr(stub, "predict_arrays", stopped)
+    out, ranks = tmp_path / "labels", tmp_path / "next.csv"
+    call = ["predict", "stub", str(tmp_path / "in"), "--batch-size", "1", "--save-labels", "coco"]
+    assert cli.main([*call, "--labels-out", str(out), "--rank", str(ranks)]) == 130
+    written = json.loads((out / "annotations.json").read_text())
+    assert [image["file_name"] for image in written["images"]] == ["a.jpg"]
+    assert ranks.read_text().count("\n") == 2
+
+
+def test_predict_ranks_by_all_scores_and_shows_those_above_the_threshold(
+    stub: Any, photo: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Any
+) -> None:
+    paths = [str(photo("a.jpg")), str(photo("b.jpg"))]
+    table = tmp_path / "next.csv"
+    for _ in range(2):  # a table of ours is replaced
+        assert cli.main(["predict", "stub", *paths, "--threshold", "0.8", "--rank", str(table)]) == 0
+    assert "0 objects" in capsys.readouterr().out
+    lines = table.read_text().splitlines()
+    assert lines == ["image,uncertainty,doubtful,detections", f"{paths[0]},0.25,1,1", f"{paths[1]},0.25,1,1"]
+    other = tmp_path / "list.csv"
+    other.write_text("image,comment\n")
+    assert "was not written by this command" in refused(["predict", "stub", paths[0], "--rank", other])

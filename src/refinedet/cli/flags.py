@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -48,6 +49,47 @@ OptionalNumber = tyro.conf.DisallowNone[Annotated[float | None, flag("N")]]
 ClassNames = tyro.conf.DisallowNone[Annotated[str | None, flag("A,B,...")]]
 LoggerNames = Annotated[tuple[str, ...], flag("NAME...")]
 Training = Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+Flat = tyro.conf.arg(name="")
+"""Of a dataclass: its fields are flags without a common prefix."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where the results of a prediction go."""
+
+    save: OptionalFolder = None
+    """Folder for copies with the boxes drawn on; the originals are never touched."""
+    json: OptionalFile = None
+    """File for the detections as JSON, written at the end; '-' is standard output, without the table."""
+    json_format: Literal["refinedet", "coco"] = "refinedet"
+    """refinedet's own format (per image: names, xyxy boxes) or COCO results (list; x, y, width, height)."""
+    coco_images: OptionalFile = None
+    """COCO annotation file from which COCO results take the image ids, by file name (default: the numbers in the file
+    names, or 1, 2, 3, ... in the order of the images)."""
+    jsonl: OptionalFile = None
+    """File for the detections as JSON Lines: one line per image, written as soon as it is done; '-' is
+    standard output, without the table."""
+    save_labels: tyro.conf.DisallowNone[Annotated[Literal["voc", "coco", "yolo"] | None, flag("{voc,coco,yolo}")]] = (
+        None
+    )
+    """Write the detections as label files too, for correction in a labelling tool."""
+    labels_out: Annotated[Path, flag("FOLDER", None)] = Path("labels")
+    """New or empty folder for the label files."""
+    rank: OptionalFile = None
+    """CSV file for the images in the order in which to label them: most uncertain first."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How boxes are drawn; see ``Detections.draw``."""
+
+    line_width: OptionalCount = None
+    """Thickness of the drawn boxes in pixels (default: it follows the size of the image)."""
+    no_labels: Switch = False
+    """Draw the boxes without names and scores."""
+    font: OptionalFile = None
+    """Font file for the drawn names (default: one that has their letters)."""
 
 
 def class_names_in(text: str | None) -> tuple[str, ...] | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
+from refinedet.cli.flags import Drawing, Results
 from refinedet.cli.terminal import fail, note, say, terminable
 from refinedet.data.classes import coco_category_ids
 from refinedet.detections import Detections
@@ -30,6 +30,7 @@ from refinedet.files import (
     write_text,
 )
 from refinedet.fonts import check_font
+from refinedet.labels import LabelFolder
 from refinedet.outputs import (
     JSON_SIGNATURE,
     DrawnCopies,
@@ -39,6 +40,10 @@ from refinedet.outputs import (
     predictions_json,
 )
 from refinedet.pixels import Pixels
+from refinedet.ranking import HEADER, Rank, rank, rank_csv
+
+RANK_SIGNATURE = ",".join(HEADER)
+"""The first line of a table of ranks, by which it is recognised."""
 
 
 class Detector(Protocol):
@@ -48,82 +53,65 @@ class Detector(Protocol):
     config: Any
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How drawn copies look; see ``Detections.draw``.
-
-    Raises:
-        UsageError: ``font`` is no font that can be read.
-    """
-
-    line_width: int | None = None
-    labels: bool = True
-    font: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.font is not None:
-            object.__setattr__(self, "font", check_font(user_path(self.font)))
-
-
 class PredictionOutputs:
     """The outputs that a call asks for; they are checked when this is made, before the work starts.
 
     Args:
         files: The images, all of them.
-        save: Folder for drawn copies.
-        drawing: How they look.
-        json_file: File for all detections, at the end.
-        jsonl: File for the detections of each image, as they come.
-        coco: Whether ``json_file`` is a list of COCO results.
-        coco_images: COCO annotation file that says the ids of the images.
+        results: What is wanted.
+        drawing: How drawn copies look.
 
     Raises:
-        UsageError: an output may not be replaced, or the annotation file does not list an image.
+        UsageError: an output may not be replaced, the annotation file does not list an image, or a font is none.
         RefineDetError: an output cannot be written.
     """
 
-    def __init__(
-        self,
-        files: Sequence[str],
-        *,
-        save: Path | None = None,
-        drawing: Drawing | None = None,
-        json_file: Path | None = None,
-        jsonl: Path | None = None,
-        coco: bool = False,
-        coco_images: Path | None = None,
-    ) -> None:
-        if coco_images is not None and not coco:
+    def __init__(self, files: Sequence[str], results: Results, drawing: Drawing) -> None:
+        coco = results.json_format == "coco"
+        if results.coco_images is not None and not coco:
             raise UsageError("--coco-images says the ids of COCO results: it goes with --json-format coco")
-        annotations = None if coco_images is None else user_path(coco_images)
+        annotations = None if results.coco_images is None else user_path(results.coco_images)
         inputs: list[str | Path] = [*files, *([annotations] if annotations is not None else [])]
-        outputs = [None if path is None else user_path(path) for path in (json_file, jsonl)]
-        for path in outputs:
+        wanted = (results.json, JSON_SIGNATURE), (results.jsonl, JSON_SIGNATURE), (results.rank, RANK_SIGNATURE)
+        paths = [None if path is None else user_path(path) for path, _ in wanted]
+        for path, (_, signature) in zip(paths, wanted, strict=True):
             if path is not None:
-                check_output(path, inputs=inputs, ours=JSON_SIGNATURE)
-        self._json, self._jsonl = outputs
-        if self._json is not None and self._json == self._jsonl:
-            raise UsageError(f"{self._json}: --json and --jsonl need different files")
+                check_output(path, inputs=inputs, ours=signature)
+                if paths.count(path) > 1:
+                    raise UsageError(f"{path}: --json, --jsonl and --rank need different files")
+        self._json, jsonl, self._rank = paths
+        self._jsonl = None if jsonl is None else JsonLines(jsonl)
         self._image_ids = None
         if coco:
             ids = coco_image_ids(files) if annotations is None else image_ids_of(files, annotations)
             self._image_ids = dict(zip(files, ids, strict=True))
-        folder = None if save is None else check_output_folder(user_path(save), ours=SIGNATURE)
+        folder = None if results.save is None else check_output_folder(user_path(results.save), ours=SIGNATURE)
         self._copies = None if folder is None else DrawnCopies(folder, files)
-        self._drawing = drawing or Drawing()
-        self._images, self._total = 0, len(files)
-        self._stream: IO[bytes] | None = None
+        self._look = checked_look(drawing)
+        self._layout, self._labels_folder = results.save_labels, user_path(results.labels_out)
+        self._labels: LabelFolder | None = None
+        self._images, self._files = 0, files
         self._kept: list[Detections] = []
+        self._ranks: list[Rank] = []
+        self._threshold: float | None = None
         self.failed: list[dict[str, str]] = []
         """The images that could not be read, with the reason."""
         self._broken: OSError | None = None
 
     @property
+    def _is_kept(self) -> bool:
+        """Whether anything is kept beside what standard output shows."""
+        return any((self._json, self._jsonl, self._copies, self._layout, self._rank))
+
+    def lowest_score(self, threshold: float) -> float | None:
+        """The threshold of the detections that ``add`` wants: the images are ranked by all of them."""
+        return threshold if self._rank is None else None
+
+    @property
     def uses_standard_output(self) -> bool:
         """Whether JSON goes to standard output, so that nothing else may."""
-        return any(
-            path is not None and (path == STANDARD_OUTPUT or _is_stdout(path)) for path in (self._json, self._jsonl)
-        )
+        paths = (self._json, self._rank, None if self._jsonl is None else self._jsonl.path)
+        return any(path is not None and (path == STANDARD_OUTPUT or _is_stdout(path)) for path in paths)
 
     @property
     def count(self) -> int:
@@ -144,9 +132,14 @@ class PredictionOutputs:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(terminable())
+            self._threshold = threshold
+            if self._layout is not None:
+                ids = _category_ids(detector) if self._layout == "coco" else None
+                names = detector.class_names
+                self._labels = LabelFolder(self._labels_folder, self._layout, names, self._files, ids)
+                self._labels.__enter__()
             if self._jsonl is not None:
-                self._stream = stack.enter_context(self._opened(self._jsonl))
-                self._write_line({"generator": JSON_SIGNATURE, **_header(model, detector, threshold)})
+                stack.enter_context(self._jsonl.open(header(model, detector, threshold)))
             try:
                 yield self
             except BaseException as error:
@@ -154,8 +147,8 @@ class PredictionOutputs:
                 with contextlib.suppress(RefineDetError, OSError):
                     self._finish(model, detector, threshold)
                 if isinstance(error, KeyboardInterrupt):
-                    kept = "; their results are saved" if self._json or self._jsonl or self._copies else ""
-                    raise type(error)(f"{self.count} of {self._total} images were done{kept}") from None
+                    kept = "; their results are saved" if self._is_kept else ""
+                    raise type(error)(f"{self.count} of {len(self._files)} images were done{kept}") from None
                 raise
             self._finish(model, detector, threshold)
         if self._broken is not None and not isinstance(self._broken, BrokenPipeError):
@@ -168,13 +161,17 @@ class PredictionOutputs:
             RefineDetError: an output cannot be written.
             OSError: standard output cannot be written, and it is the only output.
         """
+        if self._rank is not None:
+            self._ranks.append(rank(detections))
+        detections = detections.filter(threshold=self._threshold)
         if table:
             self._show(paragraph(detections))
         if self._copies is not None:
-            look = self._drawing
-            drawn = detections.draw(pixels, line_width=look.line_width, labels=look.labels, font=look.font)
-            self._copies.write(detections.source, drawn)
-        self._write_line(detections.to_dict())
+            self._copies.write(detections.source, detections.draw(pixels, **self._look))
+        if self._jsonl is not None:
+            self._jsonl.write(detections.to_dict())
+        if self._labels is not None:
+            self._labels.add(detections)
         self._images += 1
         if self._json is not None:
             # The boxes only: the pixels are gone when their batch is done, however many there are.
@@ -184,7 +181,8 @@ class PredictionOutputs:
         """Take an image that could not be read."""
         fail(str(error), error.exit_code)
         self.failed.append({"source": source, "error": str(error)})
-        self._write_line(self.failed[-1])
+        if self._jsonl is not None:
+            self._jsonl.write(self.failed[-1])
 
     def _show(self, text: str) -> None:
         if self._broken is not None:
@@ -192,58 +190,90 @@ class PredictionOutputs:
         try:
             say(text)
         except OSError as error:
-            if not (self._json or self._jsonl or self._copies):
+            if not self._is_kept:
                 raise
             # Nobody reads the table any more, but the other outputs are wanted.
             self._broken = error
 
+    def _finish(self, model: str, detector: Detector, threshold: float) -> None:
+        outputs: list[str] = []
+        if self._copies is not None and self._copies.written:
+            written = self._copies.written
+            outputs.append(f"drawn: {written} image{'s' * (written != 1)} in {self._copies.folder}")
+        if self._jsonl is not None:
+            outputs.append(f"jsonl: {self._jsonl.path}")
+        if self._labels is not None:
+            self._labels.__exit__(None, None, None)
+            outputs.append(f"labels: {self._labels.folder}")
+        if self._rank is not None:
+            write_text(self._rank, rank_csv(self._ranks))
+            outputs.append(f"rank: {self._rank}")
+        if self._json is not None:
+            if self._image_ids is None:
+                text = predictions_json(self._kept, **header(model, detector, threshold), failed=self.failed)
+            else:
+                ids = [self._image_ids[detections.source or ""] for detections in self._kept]
+                text = coco_json(self._kept, ids, _category_ids(detector))
+            write_text(self._json, text)
+            outputs.append(f"json: {self._json}")
+        for line in outputs if not self.uses_standard_output else ():
+            self._show(line)
+
+
+class JsonLines:
+    """A file or stream of JSON Lines, each written through as soon as it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream: IO[bytes] | None = None
+
     @contextlib.contextmanager
-    def _opened(self, path: Path) -> Iterator[IO[bytes]]:
+    def open(self, first: dict[str, Any]) -> Iterator[JsonLines]:
+        """Open the file and write the first line, which carries the signature.
+
+        Raises:
+            RefineDetError: it cannot be written.
+        """
         try:
-            if not is_stream(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            with open_stream(path) as stream:
-                yield stream
+            if not is_stream(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open_stream(self.path) as self._stream:
+                self.write({"generator": JSON_SIGNATURE, **first})
+                yield self
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise RefineDetError(f"{path}: cannot be written ({failure_reason(error)})") from None
+            raise RefineDetError(f"{self.path}: cannot be written ({failure_reason(error)})") from None
 
-    def _write_line(self, content: dict[str, Any]) -> None:
-        if self._stream is not None:
-            self._stream.write(encoded(json.dumps(content, ensure_ascii=False) + "\n"))
-            self._stream.flush()
+    def write(self, content: dict[str, Any]) -> None:
+        """Write one line; the file is open."""
+        assert self._stream is not None
+        self._stream.write(encoded(json.dumps(content, ensure_ascii=False) + "\n"))
+        self._stream.flush()
 
-    def _finish(self, model: str, detector: Detector, threshold: float) -> None:
-        quiet = self.uses_standard_output
-        if self._copies is not None and self._copies.written and not quiet:
-            written = self._copies.written
-            self._show(f"drawn: {written} image{'s' * (written != 1)} in {self._copies.folder}")
-        if self._jsonl is not None and not quiet:
-            self._show(f"jsonl: {self._jsonl}")
-        if self._json is None:
-            return
-        if self._image_ids is None:
-            text = predictions_json(self._kept, **_header(model, detector, threshold), failed=self.failed)
-        else:
-            ids = [self._image_ids[detections.source or ""] for detections in self._kept]
-            text = coco_json(self._kept, ids, _category_ids(detector))
-        write_text(self._json, text)
-        if not quiet:
-            self._show(f"json: {self._json}")
+
+def checked_look(drawing: Drawing) -> dict[str, Any]:
+    """The arguments of ``Detections.draw`` that the flags ask for.
+
+    Raises:
+        UsageError: the font is none that can be read.
+    """
+    font = None if drawing.font is None else check_font(user_path(drawing.font))
+    return {"line_width": drawing.line_width, "labels": not drawing.no_labels, "font": font}
+
+
+def header(model: str, detector: Detector, threshold: float) -> dict[str, Any]:
+    """What the files of a prediction say about it."""
+    return {"model": model, "class_names": list(detector.class_names), "threshold": threshold}
 
 
 def _is_stdout(path: Path) -> bool:
     return str(path) in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
-def _header(model: str, detector: Detector, threshold: float) -> dict[str, Any]:
-    return {"model": model, "class_names": list(detector.class_names), "threshold": threshold}
-
-
 def _category_ids(detector: Detector) -> Sequence[int]:
     """COCO category id of each label: that of the training data, else COCO's own, else 1, 2, 3, ..."""
-    trained_on: Sequence[int] | None = getattr(detector.config, "category_ids", None)
+    trained_on: Sequence[int] | None = getattr(detector, "category_ids", None)
     known = trained_on or coco_category_ids(detector.class_names)
     if known:
         return known

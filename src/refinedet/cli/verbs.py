@@ -11,12 +11,15 @@ from refinedet.cli.flags import (
     ClassNames,
     Data,
     Device,
+    Drawing,
+    Flat,
     OptionalCount,
     OptionalData,
     OptionalFile,
     OptionalFolder,
     OptionalMetric,
     OptionalText,
+    Results,
     Run,
     Switch,
     Weights,
@@ -187,80 +190,60 @@ def predict(
     /,
     *,
     threshold: float = DEFAULT_THRESHOLD,
-    save: OptionalFolder = None,
-    line_width: OptionalCount = None,
-    no_labels: Switch = False,
-    font: OptionalFile = None,
-    json: OptionalFile = None,
-    json_format: Literal["refinedet", "coco"] = "refinedet",
-    coco_images: OptionalFile = None,
-    jsonl: OptionalFile = None,
+    results: Annotated[Results, Flat] = Results(),  # noqa: B008 - frozen
+    drawing: Annotated[Drawing, Flat] = Drawing(),  # noqa: B008
     recursive: Switch = False,
     quiet: Switch = False,
     batch_size: int = 8,
     max_pixels: OptionalCount = None,
     device: Device = "auto",
 ) -> int:
-    """Detect objects in images: a table, drawn copies, JSON.
+    """Detect objects in images: a table, drawn copies, JSON, label files.
 
     An image that cannot be read is reported in one line, the others are processed all the same, and the exit code is 1.
     A run that is stopped keeps the results that it has.
 
     Args:
-        weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or hf:owner/name.
+        weights: A bundled model (`refinedet models`), an exported file, a run folder, a folder of weights, or
+            hf:owner/name.
         images: Files, folders and quoted patterns such as 'photos/*.jpg'.
         threshold: Keep detections that score at least this.
-        save: Folder for copies with the boxes drawn on; the originals are never touched.
-        line_width: Thickness of the drawn boxes in pixels (default: it follows the size of the image).
-        no_labels: Draw the boxes without names and scores.
-        font: Font file for the drawn names (default: one that has their letters).
-        json: File for the detections as JSON, written at the end; '-' is standard output, without the table.
-        json_format: refinedet's own format (per image: names, xyxy boxes) or COCO results (list; x, y, width, height).
-        coco_images: COCO annotation file from which COCO results take the image ids, by file name (default: the numbers
-            in the file names, or 1, 2, 3, ... in the order of the images).
-        jsonl: File for the detections as JSON Lines: one line per image, written as soon as it is done; '-' is standard
-            output, without the table.
+        results: Where they go.
+        drawing: How boxes look.
         recursive: Search the subfolders of folders too.
         quiet: Print no tables, only errors and where the results are.
         batch_size: Images that go through the network at once.
         max_pixels: Largest width times height of an image that is read (default: 178,956,970).
         device: cpu, cuda, mps, or auto (a GPU if there is one).
     """
-    for name, value in (("--batch-size", batch_size), ("--line-width", line_width), ("--max-pixels", max_pixels)):
+    checked = (("--batch-size", batch_size), ("--line-width", drawing.line_width), ("--max-pixels", max_pixels))
+    for name, value in checked:
         check_at_least(name, value)
     check_share("--threshold", threshold)
 
-    from refinedet.cli.prediction import Drawing, PredictionOutputs
+    from refinedet.cli.prediction import PredictionOutputs
     from refinedet.sources import find_images
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
     chosen = find_images(images, recursive=recursive)
     if passed_over := chosen.note():
         note(passed_over)
-    outputs = PredictionOutputs(
-        chosen.files,
-        save=save,
-        drawing=Drawing(line_width, labels=not no_labels, font=font),
-        json_file=json,
-        jsonl=jsonl,
-        coco=json_format == "coco",
-        coco_images=coco_images,
-    )
+    outputs = PredictionOutputs(chosen.files, results, drawing)
 
     from refinedet.loading import load_detector
     from refinedet.prediction import predict_ahead
 
     detector = load_detector(weights, device=device)
     with ProgressBar("predicting", len(chosen.files)) as bar, outputs.open(weights, detector, threshold):
-        results = predict_ahead(
+        found = predict_ahead(
             detector,
             chosen.files,
-            threshold=threshold,
+            threshold=outputs.lowest_score(threshold),
             batch_size=batch_size,
             max_pixels=max_pixels,
             on_error=lambda image, error: outputs.add_failure(image.name, error),
         )
-        for detections, pixels in results:
+        for detections, pixels in found:
             outputs.add(detections, pixels, table=not (quiet or outputs.uses_standard_output))
             del pixels  # Otherwise the image would stay in memory while the next is decoded.
             bar(outputs.count)
