@@ -28,8 +28,6 @@ MANY_PARAMETERS = {
     "cli/training.py": {"train", "ablate"},
     "cli/verbs.py": {"evaluate", "predict"},
     "cli/weights.py": {"export"},
-    # The flags of predict that name an output.
-    "cli/prediction.py": {"PredictionOutputs.__init__"},
 }
 
 TESTED_ELSEWHERE = {
