@@ -103,7 +103,7 @@ class Explanation:
 
     @staticmethod
     def _centres(boxes: Floats) -> Floats:
-        centres: Floats = (boxes[:, :2] + boxes[:, 2:]) / 2
+        centres: Floats = (boxes[:, :2] + boxes[:, 2:]) / np.float32(2)
         return centres
 
     def draw(self) -> Pixels:
