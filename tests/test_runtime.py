@@ -73,7 +73,8 @@ def test_names_of_models_still_load(tmp_path: Path) -> None:
 def test_the_runtime_never_imports_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None; "
-        "import refinedet.runtime, refinedet.loading, refinedet.cli; from refinedet.runtime import Runtime"
+        "import refinedet.runtime, refinedet.loading, refinedet.cli, refinedet.bulk.run; "
+        "from refinedet.runtime import Runtime"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

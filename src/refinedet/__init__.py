@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from refinedet.bulk.parts import read_batch
+    from refinedet.bulk.run import batch
     from refinedet.detections import Detections
     from refinedet.detector import RefineDet
     from refinedet.errors import RefineDetError, UsageError
@@ -18,7 +20,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["PRESETS", "Detections", "RefineDet", "RefineDetError", "UsageError", "evaluate", "train"]
+__all__ = [
+    "PRESETS",
+    "Detections",
+    "RefineDet",
+    "RefineDetError",
+    "UsageError",
+    "batch",
+    "evaluate",
+    "read_batch",
+    "train",
+]
 
 _HOMES = {
     "PRESETS": "refinedet.presets",
@@ -26,7 +38,9 @@ _HOMES = {
     "RefineDet": "refinedet.detector",
     "RefineDetError": "refinedet.errors",
     "UsageError": "refinedet.errors",
+    "batch": "refinedet.bulk.run",
     "evaluate": "refinedet.evaluation.evaluate",
+    "read_batch": "refinedet.bulk.parts",
     "train": "refinedet.training.train",
 }
 

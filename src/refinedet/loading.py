@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from refinedet.detector import RefineDet
 
 
-def load_detector(name: str | Path, *, device: str = "auto") -> RefineDet | Runtime:
+def load_detector(name: str | Path, *, device: str = "auto", threads: int | None = None) -> RefineDet | Runtime:
     """Load a model.
 
     Args:
         name: an exported file (.onnx, .xml), or what ``RefineDet.from_pretrained`` takes. Only the latter needs torch.
         device: see ``device.pick_device``; exported files run on the CPU.
+        threads: CPU threads; for PyTorch, which has one number of them for the whole process, it is set here.
 
     Raises:
         UsageError: nothing of that name, or an exported file on another device.
@@ -28,8 +29,12 @@ def load_detector(name: str | Path, *, device: str = "auto") -> RefineDet | Runt
     if path.suffix.lower() in SUFFIXES and not path.is_dir():
         if device not in ("auto", "cpu"):
             raise UsageError(f"{name}: exported models run on the CPU here, not on '{device}'")
-        return Runtime(name)
+        return Runtime(name, threads=threads)
     from refinedet.detector import RefineDet
     from refinedet.device import pick_device
 
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     return RefineDet.from_pretrained(name, device=pick_device(device))

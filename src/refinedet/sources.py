@@ -212,7 +212,7 @@ def list_images(source: object, *, max_pixels: int | None = None) -> Iterator[On
     asked for the next one, which may close the file or fill the same array anew. The others are read later.
 
     Args:
-        source: whatever ``read_image`` takes, a folder, a pattern, or an iterable of these.
+        source: whatever ``read_image`` takes, a folder, a pattern, or an iterable of these or of ``OneImage``.
         max_pixels: as in ``read_image``.
 
     Raises:
@@ -244,7 +244,9 @@ def _check_item(item: object, index: int) -> None:
 
 
 def _images_in(source: Any, name: str, max_pixels: int | None, *, copy: bool) -> Iterator[OneImage]:
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, OneImage):
+        yield source
+    elif isinstance(source, (str, os.PathLike)):
         passed_over: Counter[str] = Counter()
         for file in _files_of(source, passed_over, recursive=False):
             yield OneImage(file, describe(file), file, max_pixels)
@@ -258,9 +260,8 @@ def _images_in(source: Any, name: str, max_pixels: int | None, *, copy: bool) ->
         pixels = read_image(source, max_pixels=max_pixels, name=name)
         opened = getattr(source, "filename", None) if isinstance(source, Image.Image) else None
         shared = copy and isinstance(source, np.ndarray) and np.shares_memory(pixels, source)
-        yield OneImage(
-            pixels.copy() if shared else pixels, name, opened if opened and isinstance(opened, str) else None
-        )
+        opened = opened if isinstance(opened, str) else ""
+        yield OneImage(pixels.copy() if shared else pixels, name, opened or None)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from conftest import FullDisk
+from refinedet import locks
 from refinedet.config import ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import write_atomically
-from refinedet.training import run
 from refinedet.training.run import RunFolder, load_checkpoint, save_checkpoint
 
 
@@ -178,7 +178,7 @@ def test_one_run_has_one_writer(tmp_path: Path) -> None:
         # A loading process that outlives its trainer must not keep the folder.
         child = os.fork()
         if not child:
-            os._exit(int(bool(run._locks)))
+            os._exit(int(bool(locks._locks)))
         assert os.waitpid(child, 0)[1] == 0
     assert second() == ""
     assert list((tmp_path / "run").iterdir()) == []

@@ -19,7 +19,6 @@ import hashlib
 import os
 import shutil
 import struct
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,13 +29,11 @@ import torch
 
 from refinedet.config import Preset
 from refinedet.dataclass_json import from_dict
-from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import make_folder, read_json, remove_stale_parts, write_atomically
+from refinedet.errors import RefineDetError
+from refinedet.files import read_json, remove_stale_parts, write_atomically
+from refinedet.locks import lock_folder
 from refinedet.provenance import Provenance
 from refinedet.weights import MODEL_FILES
-
-if sys.platform != "win32":
-    import fcntl
 
 CONFIG_FILE, DATA_FILE, METRICS_FILE = "config.json", "data.json", "metrics.csv"
 CHECKPOINT_FILE, PREVIOUS_CHECKPOINT_FILE = "last.ckpt", "previous.ckpt"
@@ -49,7 +46,6 @@ RUN_FILES = (
 """What a training replaces without looking at it; checkpoints are read, and the report has its own names."""
 _SEAL = b"sha256:"
 _END_OF_ZIP = b"PK\x05\x06"
-_locks: set[int] = set()
 
 
 @dataclass(frozen=True)
@@ -151,23 +147,8 @@ class RunFolder:
             UsageError: another training is writing there.
             RefineDetError: the folder cannot be made.
         """
-        make_folder(self.path)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                if sys.platform != "win32":
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(
-                    f"{self.path}: another training is writing there; wait for its end or choose another --out"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            _locks.add(handle)
+        with lock_folder(self.path, "training"):
             yield
-        finally:
-            _locks.discard(handle)
-            os.close(handle)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write last.ckpt; the one before becomes previous.ckpt.
@@ -226,18 +207,6 @@ def _keep_as(last: Path, previous: Path) -> None:
     finally:
         # If both are names of one file already, replacing does nothing.
         part.unlink(missing_ok=True)
-
-
-def _close_locks() -> None:
-    """A lock must not live on in a loading process after its training was killed."""
-    for handle in _locks:
-        with contextlib.suppress(OSError):
-            os.close(handle)
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_locks)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], *, before: Callable[[], None] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Batch prediction: any number of images to Parquet parts, resumable (extra ``refinedet[batch]``)."""
