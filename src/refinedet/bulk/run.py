@@ -191,7 +191,8 @@ def _identify(model: str | Path, threshold: float | None) -> tuple[Manifest, str
         weights = detector.path
         files = [file for file in (weights, weights.with_suffix(".bin")) if file.is_file()]
     else:
-        from refinedet.weights.store import WEIGHTS_FILE, find_model
+        from refinedet.weights import WEIGHTS_FILE
+        from refinedet.weights.store import find_model
 
         weights = find_model(model)
         files = [weights / WEIGHTS_FILE]
