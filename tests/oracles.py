@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from refinedet.evaluation.metrics import VocMethod, VocResult, voc_result
+from refinedet.evaluation.outcomes import HIT_IOU, match_objects
 from refinedet.model.network import Predictions
 from refinedet.training.matching import Targets
 
@@ -334,3 +337,11 @@ def random_targets(
         boxes.append(one)
         labels.append(torch.randint(0, classes, (count,), generator=generator))
     return Targets.collate(boxes, labels)
+
+
+def voc_average_precision(
+    detections: Sequence[Any], targets: Sequence[Any], num_classes: int,
+    *, iou_threshold: float = HIT_IOU, method: VocMethod = "11-point",
+) -> VocResult:  # fmt: skip
+    """Detections matched and measured by VOC's rules in one call: no oracle, but what oracles are compared with."""
+    return voc_result(match_objects(detections, targets, num_classes, iou_threshold=iou_threshold), method)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -77,6 +78,20 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise RefineDetError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings with their names joined by dots.
+
+    Example:
+        >>> dict(flatten({"train": {"batch_size": 32}, "summary": "a"}))
+        {'train.batch_size': 32, 'summary': 'a'}
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def save_json(config: Any, path: Path) -> None:

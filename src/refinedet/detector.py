@@ -20,7 +20,7 @@ from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import user_path
 from refinedet.model.anchors import level_sizes
 from refinedet.model.backbones import TimmBackbone
-from refinedet.model.network import RefineDetNetwork, evaluation_view
+from refinedet.model.network import RefineDetNetwork, count_parameters, evaluation_view
 from refinedet.model.padded import PaddedArrays, finish, unpad
 from refinedet.model.postprocess import postprocess
 from refinedet.prediction import predict_ahead, predict_all
@@ -97,7 +97,7 @@ class RefineDet:
     def __repr__(self) -> str:
         height, width = self.config.image_size
         names = ", ".join(self.class_names[:3]) + (", ..." if len(self.class_names) > 3 else "")
-        millions = sum(parameter.numel() for parameter in self.network.parameters()) / 1e6
+        millions = count_parameters(self.network) / 1e6
         where = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
         return (
             f"RefineDet({self.config.backbone}, {width}x{height}, {len(self.class_names)} classes: {names}; "

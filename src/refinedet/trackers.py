@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from refinedet.dataclass_json import flatten
 from refinedet.errors import RefineDetError, UsageError, did_you_mean
 from refinedet.files import make_folder, write_text
 from refinedet.loggers import Logger
@@ -37,7 +38,7 @@ class TensorBoardLogger:
         purge = None if resume_step is None else resume_step + 1
         self._writer: Any = tensorboard.SummaryWriter(str(folder), purge_step=purge)
         if settings and resume_step is None:
-            table = "".join(f"| {name} | {value} |\n" for name, value in _flat(settings))
+            table = "".join(f"| {name} | {value} |\n" for name, value in flatten(settings))
             self._writer.add_text("settings", f"| setting | value |\n|---|---|\n{table}")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -120,7 +121,7 @@ class MLflowLogger:
             # Nested, so that a run which the caller has open stays as it is.
             run = self._mlflow.start_run(run_id=run_id, run_name=folder.parent.name, nested=True)
             if run_id is None:
-                self._mlflow.log_params(dict(_flat(settings or {})))
+                self._mlflow.log_params(dict(flatten(settings or {})))
         self._run_id: str = run.info.run_id
         self._open = True
         make_folder(folder)
@@ -169,15 +170,6 @@ def _service_errors(title: str, hint: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         raise RefineDetError(f"{title}: {reason(error, 200).rstrip('. ')}{hint and f'; {hint}'}") from None
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings by names joined with dots."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 TRACKERS: dict[str, Callable[..., Logger]] = {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from oracles import voc_average_precision
 from refinedet import PRESETS, cli
 from refinedet.data import open_dataset
 from refinedet.dataclass_json import to_dict
@@ -17,7 +18,7 @@ from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.compare import compare
 from refinedet.evaluation.evaluate import evaluate_detections
-from refinedet.evaluation.metrics import mean_of_defined, voc_average_precision
+from refinedet.evaluation.metrics import mean_of_defined
 
 FolderFactory = Callable[..., Path]
 NAMES = ("lynx", "otter")

@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from oracles import iou
+from oracles import iou, voc_average_precision
 from refinedet.evaluation.diagnosis import Diagnosis, best_f1
 from refinedet.evaluation.diagnosis import diagnose as diagnose_outcomes
-from refinedet.evaluation.metrics import voc_average_precision
 from refinedet.evaluation.outcomes import ERRORS, Outcome, match_objects
 
 CAT, DOG, COW = 0, 1, 2

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oracles import voc_average_precision
 from refinedet.evaluation.metrics import (
     COCO_NAMES,
     CURVE_RECALLS,
     coco_average_precision,
     interpolate_precision,
-    voc_average_precision,
 )
 
 Array = npt.NDArray[Any]

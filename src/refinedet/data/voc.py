@@ -302,19 +302,11 @@ def _read_unannotated(
     return DetectionDataset(records, classes, "voc", request.split, request.path, annotated=False)
 
 
-def _recognises(path: Path) -> bool:
-    return bool(find_folders(path))
-
-
-def _resembles(path: Path) -> bool:
-    return find_loose_folder(path) is not None
-
-
 LAYOUT = Layout(
     name="voc",
     evidence="XML annotations",
-    recognises=_recognises,
-    resembles=_resembles,
+    recognises=lambda path: bool(find_folders(path)),
+    resembles=lambda path: find_loose_folder(path) is not None,
     splits=list_splits,
     read=read_voc,
     server="voc",

@@ -153,19 +153,11 @@ def _describe(number: int, name: str, box: tuple[float, float, float, float]) ->
     return f"line {number} ({name}): box {x1:g},{y1:g},{x2:g},{y2:g}"
 
 
-def _recognises(path: Path) -> bool:
-    return find_description(path) is not None
-
-
-def _resembles(path: Path) -> bool:
-    return find_names_file(path) is not None
-
-
 LAYOUT = Layout(
     name="yolo",
     evidence="data.yaml, obj.data or classes.txt",
-    recognises=_recognises,
+    recognises=lambda path: find_description(path) is not None,
     splits=list_splits,
     read=read_yolo,
-    resembles=_resembles,
+    resembles=lambda path: find_names_file(path) is not None,
 )

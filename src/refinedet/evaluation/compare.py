@@ -7,7 +7,7 @@ so nothing is predicted again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refinedet.data import DetectionDataset
-from refinedet.dataclass_json import to_dict
+from refinedet.dataclass_json import flatten, to_dict
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.metrics import VocMethod, mean_of_defined, weighted_average_precision
@@ -167,16 +167,8 @@ def _settings(run: RunData) -> dict[str, Any]:
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Flat names of values that differ, and both values."""
-    before, after = (dict(_flat(config)) for config in (first, second))
+    before, after = (
+        {name.removeprefix("preset."): value for name, value in flatten(config)} for config in (first, second)
+    )
     names = dict.fromkeys([*before, *after])
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in config.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{prefix}{name}.")
-        else:
-            rows.append((f"{prefix}{name}".removeprefix("preset."), value))
-    return rows

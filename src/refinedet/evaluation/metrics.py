@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from refinedet.evaluation.outcomes import (
-    HIT_IOU,
     Floats,
     Integers,
     Outcomes,
@@ -28,7 +27,6 @@ from refinedet.evaluation.outcomes import (
     ignored_objects,
     join_boxes,
     join_scores,
-    match_objects,
 )
 
 VocMethod = Literal["11-point", "area"]
@@ -47,7 +45,7 @@ test moves by up to 0.002, and a class of ten objects by much more."""
 
 @dataclass(frozen=True)
 class VocResult:
-    """What ``voc_average_precision`` found, class by class."""
+    """What ``voc_result`` found, class by class."""
 
     average_precision: npt.NDArray[np.float64]
     """(C,) in 0..1; nan for a class without an object that counts."""
@@ -89,40 +87,14 @@ class CocoResult:
         return np.where(self.positives > 0, self.curves.mean(axis=1), np.nan)
 
 
-def voc_average_precision(
-    detections: Sequence[ScoredBoxes],
-    targets: Sequence[Targets],
-    num_classes: int,
-    *,
-    iou_threshold: float = HIT_IOU,
-    method: VocMethod = "11-point",
-) -> VocResult:
+def voc_result(outcomes: Outcomes, method: VocMethod) -> VocResult:
     """Average precision by the rules of the PASCAL VOC devkit.
 
     The detections of a class are taken from the best score down (a stable sort, so ties keep the order of the images
     and of each image's detections). Each looks for the object of its class and image that it overlaps most, taken or
-    not, difficult or not. An overlap above ``iou_threshold`` hits: a difficult or crowd object makes the detection not
+    not, difficult or not. An overlap above the threshold hits: a difficult or crowd object makes the detection not
     count at all, an object not hit before makes it a true positive, one hit before a false positive. All others are
     false positives.
-
-    Args:
-        detections: one entry per image: boxes (D, 4), scores (D,), labels (D,).
-        targets: one entry per image, in the same order: boxes (G, 4), labels, difficult, crowd and areas, each (G,).
-        num_classes: C; labels are 0..C-1.
-        iou_threshold: an overlap must be strictly above it; see ``outcomes.match_objects``.
-        method: as for ``voc_result``.
-
-    Returns:
-        Per class average precision, counts and curves.
-
-    Raises:
-        ValueError: lengths differ, a label is out of range, a score is nan, or the method is unknown.
-    """
-    return voc_result(match_objects(detections, targets, num_classes, iou_threshold=iou_threshold), method)
-
-
-def voc_result(outcomes: Outcomes, method: VocMethod) -> VocResult:
-    """VOC's average precision of detections that are matched with objects already.
 
     Args:
         outcomes: what ``outcomes.match_objects`` returned.
@@ -160,7 +132,7 @@ def average_precision_of_hits(hits: npt.NDArray[np.int64], positives: int, metho
     Args:
         hits: (D,) true positives among the first 1, 2, ... D detections that count.
         positives: objects that count, at least 1.
-        method: "11-point" or "area", as for ``voc_average_precision``.
+        method: "11-point" or "area", as for ``voc_result``.
 
     Returns:
         0..1.

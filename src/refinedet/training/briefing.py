@@ -9,6 +9,7 @@ from torch import nn
 from refinedet.config import Preset, TrainConfig
 from refinedet.data.problems import shorten
 from refinedet.data.records import DetectionDataset
+from refinedet.model.network import count_parameters
 from refinedet.schedule import epochs_of
 from refinedet.training.data import TrainingData
 
@@ -31,7 +32,7 @@ def describe(
     """
     train = preset.train
     height, width = preset.model.image_size
-    parameters = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    parameters = count_parameters(network) / 1e6
     learned = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad) / 1e6
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
