@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from oracles import voc_average_precision
 from refinedet import RefineDet, cli
 from refinedet.config import ModelConfig
 from refinedet.data import list_splits, open_dataset
@@ -23,7 +24,6 @@ from refinedet.data.layouts import detect_layout
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.evaluate import collect_detections, evaluate, evaluate_detections, open_evaluation_data
-from refinedet.evaluation.metrics import voc_average_precision
 from refinedet.evaluation.submission import plan_submission, write_submission
 
 FolderFactory = Callable[..., Path]

@@ -258,7 +258,8 @@ def test_a_run_folder_holds_what_is_promised(voc_folder: FolderFactory, tmp_path
     evaluated = evaluate(tmp_path / "run/last").to_dict()["settings"]
     assert (settings["weights"], settings["trained_on"]) == (str(tmp_path / "run/last"), 0)
     names = {name for name, value in evaluated.items() if settings[name] != value}
-    assert names == {"iteration", "seconds_per_image", "provenance"}
+    # The two provenances are equal where both reports were made within one second.
+    assert names - {"provenance"} == {"iteration", "seconds_per_image"}
     # A run folder is a model: its best weights, and the last ones under last/.
     assert RefineDet.from_pretrained(tmp_path / "run").class_names == ("cat", "dog")
     # A run that never reached a checkpoint may be started again.

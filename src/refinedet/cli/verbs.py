@@ -260,10 +260,10 @@ def explain(
     threshold: float = DEFAULT_THRESHOLD,
     device: Device = "auto",
 ) -> int:
-    """Show how a detector arrives at its boxes, step by step, and how long each stage takes.
+    """Draw the steps by which a detector arrives at its boxes.
 
     The steps are the anchors that pass the first stage (ARM), where it moves them, what the second stage (ODM) makes of
-    them, and the detections.
+    them, and the detections. The time that each stage takes is printed.
 
     Args:
         weights: A bundled model (`refinedet models`), a run folder, a folder of weights, or hf:owner/name.
