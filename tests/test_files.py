@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import FullDisk
-from refinedet import files
+from refinedet import RefineDet, files
 from refinedet.draw import write_image
 from refinedet.errors import RefineDetError, UsageError
 
@@ -51,6 +51,14 @@ def test_paths_that_cannot_be(text: str, message: str) -> None:
         files.user_path(text)
     assert len(str(caught.value)) < 500
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, 3, b"photos", ["photos"]])
+def test_what_is_no_path_is_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="a path is a text or"):
+        files.user_path(value)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="a path is a text or"):
+        RefineDet.from_pretrained(value)  # type: ignore[arg-type]
 
 
 def test_longest_name_is_taken(tmp_path: Path) -> None:

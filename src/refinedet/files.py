@@ -57,8 +57,10 @@ def user_path(text: str | Path) -> Path:
     """The path that a user means: ``~`` and ``~name`` are expanded.
 
     Raises:
-        UsageError: an empty text, an unknown user, a NUL character, a name above 255 bytes or a path above 4,095.
+        UsageError: no path, an empty text, an unknown user, NUL, a name above 255 bytes or a path above 4,095.
     """
+    if not isinstance(text, (str, Path)):
+        raise UsageError(f"a path is a text or a pathlib.Path, not {type(text).__name__}")
     if not str(text):
         raise UsageError("an empty text is not a path")
     if "\0" in str(text):
@@ -320,10 +322,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def encoded(text: str) -> bytes:
-    r"""UTF-8 of a text; what a file name holds that is not UTF-8 becomes ``\udc80`` to ``\udcff``.
-
-    In a JSON string this is the escape from which ``json.loads`` and ``os.fsencode`` give back the file's name.
-    """
+    r"""UTF-8 of a text; bytes of a file name that are none become ``\udc80`` to ``\udcff``, which JSON can hold."""
     return text.encode("utf-8", "backslashreplace")
 
 

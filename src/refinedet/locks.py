@@ -21,7 +21,8 @@ _locks: set[int] = set()
 def lock_folder(folder: Path, writer: str) -> Iterator[None]:
     """Keep other commands out of a folder while the block runs.
 
-    The lock is on the folder itself, leaves no file, and ends with this process however that ends.
+    The lock is on the folder itself, leaves no file, and ends with this process however that ends. Folders that were
+    made for it and are empty at the end, as after a call that was refused, are removed.
 
     Args:
         folder: made if it does not exist.
@@ -31,6 +32,7 @@ def lock_folder(folder: Path, writer: str) -> Iterator[None]:
         UsageError: another one is writing there.
         RefineDetError: the folder cannot be made.
     """
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
     make_folder(folder)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -48,6 +50,9 @@ def lock_folder(folder: Path, writer: str) -> Iterator[None]:
     finally:
         _locks.discard(handle)
         os.close(handle)
+        with contextlib.suppress(OSError):  # not empty
+            for part in made:
+                part.rmdir()
 
 
 def _close_locks() -> None:

@@ -79,7 +79,8 @@ def results_in(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("number", "expected", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "expected", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")],
 )
 def test_stopped_prediction_keeps_its_results(
     photos: list[Path], tmp_path: Path, number: int, expected: int, word: str
@@ -230,6 +231,9 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         ),
         (KeyError("\x1b[31m\nx"), r"error: unexpected KeyError ('\x1b[31m\nx'); this is a fault of refinedet"),
         (OSError(28, "No space left on device"), "error: standard output: cannot be written (disk full)"),
+        (OSError(28, "No space left on device", "a/b.csv"), "error: a/b.csv: disk full"),
+        (PermissionError(13, "Permission denied", b"a/b.csv"), "error: a/b.csv: Permission denied"),
+        (OSError(11, "Resource temporarily unavailable"), "error: unexpected BlockingIOError"),
     ],
 )
 def test_unexpected_errors_are_one_line(

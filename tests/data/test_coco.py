@@ -172,13 +172,15 @@ def test_roboflow(roboflow: Path) -> None:
     assert dataset.load_image(0).shape == (64, 96, 3)
 
 
-def test_splits_that_clash_cannot_be_joined(roboflow: Path) -> None:
+def test_ids_that_several_splits_use_get_the_name_of_their_split(roboflow: Path) -> None:
     file = roboflow / "valid/_annotations.coco.json"
     edit(file, lambda document: document["images"][0].update(id=100))
     edit(file, lambda document: document.update(annotations=[]))
-    with pytest.raises(UsageError, match="image id 100 is also used in split 'train'"):
-        open_dataset(roboflow)
-    assert len(open_dataset(roboflow, strict=False)) == 6
+    own = [record.image_id for record in open_dataset(roboflow, "valid").records]
+    joined = [record.image_id for record in open_dataset(roboflow).records]
+    assert own[0] == 100
+    assert joined[:3] == [record.image_id for record in open_dataset(roboflow, "train").records]
+    assert joined[3:] == [f"valid:{image_id}" for image_id in own]
     edit(file, lambda document: document["categories"].pop())
     with pytest.raises(UsageError, match="its categories differ"):
         open_dataset(roboflow)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from refinedet.data import detect_layout, list_splits, open_dataset
+from refinedet.data.health import MOSAIC_SIGNATURE
+from refinedet.draw import SIGNATURE, write_image
 from refinedet.errors import RefineDetError, UsageError
 
 FolderFactory = Callable[..., Path]
@@ -277,3 +279,24 @@ def test_yaml_bomb(root: Path) -> None:
     with pytest.raises(RefineDetError) as caught:
         open_dataset(root, "train")
     assert len(str(caught.value)) < 500
+
+
+def test_images_that_refinedet_has_drawn_are_no_data(root: Path) -> None:
+    """A report or drawn copies in the folder of the data must not become images of the background."""
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("cat\ndog\n")
+    before = [record.image_path for record in open_dataset(root).records]
+    drawn = root / "images/train/runs/finetune/report/images/000.jpg"
+    drawn.parent.mkdir(parents=True)
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    write_image(drawn, pixels, SIGNATURE)
+    write_image(root / "images/train/drawn.png", pixels, MOSAIC_SIGNATURE)
+    write_image(root / "images/train/other.png", pixels, "taken by somebody else")
+    dataset = open_dataset(root)
+    assert {record.image_path for record in dataset.records} == {*before, root / "images/train/other.png"}
+    noted = [problem for problem in dataset.problems if "drawn by refinedet" in problem.message]
+    assert {problem.path for problem in noted} == {root / "images/train/drawn.png", drawn}
+    assert not any(problem.fatal for problem in noted)
+    # With a label file it is data, whoever made it.
+    (root / "labels/train/drawn.txt").write_text("0 0.5 0.5 1 1\n")
+    assert root / "images/train/drawn.png" in {record.image_path for record in open_dataset(root).records}

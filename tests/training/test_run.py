@@ -18,6 +18,7 @@ from refinedet.config import ModelConfig
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import write_atomically
+from refinedet.locks import lock_folder
 from refinedet.training.run import RunFolder, load_checkpoint, save_checkpoint
 
 
@@ -181,7 +182,7 @@ def test_one_run_has_one_writer(tmp_path: Path) -> None:
             os._exit(int(bool(locks._locks)))
         assert os.waitpid(child, 0)[1] == 0
     assert second() == ""
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [], "what was made for the lock and stayed empty is gone"
 
 
 def test_what_killed_trainings_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
@@ -204,3 +205,16 @@ def test_what_killed_trainings_left_is_cleared_and_nothing_else(tmp_path: Path) 
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert names == [".hidden", "best", "best/config.json", "last", "last/config.json", "my.part", "notes.txt"]
     assert (tmp_path / "last/config.json").read_text() == "last"
+
+
+def test_a_refused_call_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="refused"), lock_folder(tmp_path / "a/b/run", "training"):
+        raise UsageError("refused")
+    assert list(tmp_path.iterdir()) == []
+    with lock_folder(tmp_path / "a/b", "training"):
+        (tmp_path / "a/notes.txt").write_text("mine")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["notes.txt"]
+    (tmp_path / "own").mkdir()
+    with lock_folder(tmp_path / "own", "training"):
+        pass
+    assert (tmp_path / "own").is_dir(), "a folder that was there before stays"

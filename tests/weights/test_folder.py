@@ -224,6 +224,16 @@ def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(folder_module, "_exchange", lambda *_: False)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_saved(value: float, saved: Path) -> None:
+    ruined = RefineDet(CONFIG, ("a", "b"))
+    with torch.no_grad():
+        ruined.network.state_dict()["arm.0.logits.bias"].view(-1)[1] = value
+    with pytest.raises(RefineDetError, match=r"not saved: 'arm\.0\.logits\.bias' holds numbers that are not finite"):
+        ruined.save_pretrained(saved)
+    assert RefineDet.from_pretrained(saved).class_names == ("cat", "dog")
+
+
 @pytest.mark.usefixtures("exchange")
 def test_a_folder_is_replaced_and_what_else_is_in_it_stays(model: RefineDet, saved: Path) -> None:
     (saved / "notes").mkdir()
@@ -251,6 +261,15 @@ def test_the_working_folder_itself(model: RefineDet, saved: Path, monkeypatch: p
     RefineDet(CONFIG, ("a", "b")).save_pretrained(".")
     assert names(Path()) == FILES
     assert RefineDet.from_pretrained(".").class_names == ("a", "b")
+
+
+def test_the_working_folder_was_removed(model: RefineDet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    model.save_pretrained(tmp_path / "kept")
+    assert RefineDet.from_pretrained(tmp_path / "kept").class_names == model.class_names
 
 
 def test_a_full_disk_leaves_the_previous_model(model: RefineDet, saved: Path, full_disk: FullDisk) -> None:

@@ -87,6 +87,15 @@ def test_classes_without_a_counterpart_start_anew() -> None:
     assert transfer.summary() == "1 classes carried over: cat; 1 start from random weights: unicorn"
 
 
+def test_random_heads_are_not_carried_over() -> None:
+    names = ("cat", "dog")
+    start, own = (RefineDet(small(2), names).network.state_dict() for _ in range(2))
+    state, transfer = transfer_classes(own, start, names, names, ("arm", "tcb", "odm"))
+    assert torch.equal(state["odm.2.logits.weight"][0], own["odm.2.logits.weight"][0])
+    assert (transfer.carried, transfer.new) == ((), names)
+    assert transfer.summary() == "no classes carried over: the model to start from has random arm, tcb, odm"
+
+
 def test_frozen_and_learned_norms_can_start_from_each_other() -> None:
     for first, second in (("frozen", "batch"), ("batch", "frozen")):
         start = RefineDet(small(2, backbone_norm=first)).network.state_dict()

@@ -148,7 +148,7 @@ class PredictionOutputs:
                     self._finish(model, detector, threshold)
                 if isinstance(error, KeyboardInterrupt):
                     kept = "; their results are saved" if self._is_kept else ""
-                    raise type(error)(f"{self.count} of {len(self._files)} images were done{kept}") from None
+                    error.args = (f"{self.count} of {len(self._files)} images were done{kept}",)
                 raise
             self._finish(model, detector, threshold)
         if self._broken is not None and not isinstance(self._broken, BrokenPipeError):

@@ -1,13 +1,15 @@
 """How a command behaves towards the terminal: what it prints, how it fails, and with which exit code.
 
 Whatever happens, a command ends with an exit code and at most one line about it on standard error: 0 done, 1 the work
-failed, 2 the call was wrong, 130 interrupted, 143 terminated, 141 the reader of the output went away. A traceback is
+failed, 2 the call was wrong, 130 interrupted, 143 terminated, 129 the terminal was closed, 141 the reader of the output
+went away. A traceback is
 shown only where the environment variable ``REFINEDET_DEBUG`` is 1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -39,9 +41,9 @@ def run(command: Callable[[], int]) -> int:
         except RefineDetError as error:
             return fail(str(error), error.exit_code)
         except KeyboardInterrupt as interrupt:
-            terminated = isinstance(interrupt, Terminated)
-            what = "terminated" if terminated else "interrupted"
-            return fail(what + (f": {interrupt}" if str(interrupt) else ""), 143 if terminated else 130)
+            number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
+            what = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+            return fail(what + (f": {interrupt}" if str(interrupt) else ""), 128 + number)
         except BrokenPipeError:
             _discard(sys.stdout)
             return 141
@@ -52,24 +54,34 @@ def run(command: Callable[[], int]) -> int:
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM); what catches an interrupt catches this too."""
+    """The process was asked to end (SIGTERM, SIGHUP); what catches an interrupt catches this too."""
+
+    def __init__(self, message: str = "", *, number: int = signal.SIGTERM) -> None:
+        super().__init__(*([message] if message else []))
+        self.number = number
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """While the block runs, SIGTERM raises ``Terminated`` instead of ending the process at once."""
+    """While the block runs, SIGTERM and SIGHUP raise ``Terminated`` instead of ending the process at once."""
 
     def end(number: int, frame: object) -> None:
-        raise Terminated
+        raise Terminated(number=number)
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    numbers = [signal.SIGTERM] if sys.platform == "win32" else [signal.SIGTERM, signal.SIGHUP]
+    # nohup has SIGHUP ignored, and so it stays.
+    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unexpected(error: Exception) -> int:
@@ -78,7 +90,11 @@ def _unexpected(error: Exception) -> int:
         return fail(f"out of GPU memory; try a smaller --batch-size ({' '.join(str(error).split())[:120]})", 1)
     if isinstance(error, RuntimeError) and re.search(r"can't allocate memory|not enough memory", str(error)):
         return fail(OUT_OF_MEMORY, 1)  # so says torch on a CPU
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return fail("the current folder was removed; change to one that exists", 2)
+    if isinstance(error, OSError) and error.filename is not None:
+        return fail(f"{os.fsdecode(error.filename)}: {failure_reason(error)}", 1)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG):
         # All files are written in a way that names them; what is left is standard output.
         _discard(sys.stdout)
         return fail(f"standard output: cannot be written ({failure_reason(error)})", 1)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from refinedet.data.coco_document import IMAGES_ONLY, Categories, Document, read_categories, read_document
 from refinedet.data.coco_records import RecordReader
 from refinedet.data.pairing import SPLIT_FOLDERS
-from refinedet.data.problems import ProblemLog, short_repr
+from refinedet.data.problems import ProblemLog
 from refinedet.data.records import DetectionDataset, Layout, ReadRequest, Record, without_objects
 from refinedet.data.splits import choose_split
 from refinedet.errors import UsageError
@@ -92,7 +93,7 @@ def read_coco(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
     annotated = True
     records: list[Record] = []
     categories: Categories | None = None
-    split_of: dict[int | str, str] = {}
+    used_ids: set[int | str] = set()
     for name in chosen:
         file = files[name]
         document = read_document(file)
@@ -107,8 +108,7 @@ def read_coco(request: ReadRequest, log: ProblemLog) -> DetectionDataset:
         if not document["images"] and log.strict:
             raise UsageError(f"{file}: split '{name}' has no images")
         new = RecordReader(file, name, own, request, log).read(document)
-        _check_ids(file, name, new, split_of, log)
-        records += new
+        records += _with_own_ids(name, new, used_ids)
     assert categories is not None  # chosen is never empty
     _, category_ids = categories.labels(request.class_names)
     names = request.class_names or tuple(categories.names[key] for key in sorted(categories.names))
@@ -138,17 +138,15 @@ def _check_class_names(file: Path, categories: Categories, request: ReadRequest)
         )
 
 
-def _check_ids(
-    file: Path, split: str, records: Sequence[Record], split_of: dict[int | str, str], log: ProblemLog
-) -> None:
-    """Splits that use the same image ids cannot be joined: detections are filed under them."""
-    for record in records:
-        if record.image_id in split_of and log.strict:
-            raise UsageError(
-                f"{file}: image id {short_repr(record.image_id)} is also used in split "
-                f"'{split_of[record.image_id]}'; read one split at a time"
-            )
-        split_of[record.image_id] = split
+def _with_own_ids(split: str, records: Sequence[Record], used: set[int | str]) -> list[Record]:
+    """Records of a split under ids that no split before it has: detections are filed under them.
+
+    Exports number the images of each split from 0; such ids get the name of their split: "valid:0".
+    """
+    if any(record.image_id in used for record in records):
+        records = [replace(record, image_id=f"{split}:{record.image_id}") for record in records]
+    used.update(record.image_id for record in records)
+    return list(records)
 
 
 def _split_name(file: Path) -> str:

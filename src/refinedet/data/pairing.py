@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from refinedet.data.problems import NOT_A_FILE, ProblemKind, ProblemLog
+from refinedet.data.problems import DRAWN_IMAGE, NOT_A_FILE, ProblemKind, ProblemLog
+from refinedet.files import has_signature
 from refinedet.images import IMAGE_EXTENSIONS, is_image_name
 
 UNREADABLE_EXTENSIONS = frozenset(
@@ -28,6 +29,8 @@ SPLIT_FOLDERS = frozenset(
 """Folders that are called after a split, in lower case."""
 _DEPTH = 12
 """Levels of folders that are searched."""
+_DRAWN = "drawn by refinedet"
+"""What the signatures of all images that this package draws have in common."""
 _VIRTUAL = ("/proc", "/sys")
 """Folders that the system makes up, which hold no data and have no end."""
 
@@ -251,6 +254,23 @@ def _same_split(image: Path, label: Path) -> bool:
     """False if the two lie in folders that are called after different splits."""
     first, second = (split_folder(reversed(file.parent.parts)) for file in (image, label))
     return first is None or second is None or first.lower() == second.lower()
+
+
+def without_drawn(images: Iterable[Path], labelled: Container[Path], log: ProblemLog | None = None) -> list[Path]:
+    """Images without those that this package has drawn, such as the ones of a report in the folder of the data.
+
+    Args:
+        images: all images of a folder.
+        labelled: those with a label file, which stay, whoever made them.
+        log: receives a note for each image that is passed over.
+    """
+    kept = []
+    for image in images:
+        if image in labelled or not has_signature(image, _DRAWN):
+            kept.append(image)
+        elif log is not None:
+            log.note(image, "was drawn by refinedet, so it is a result and no data; passed over", DRAWN_IMAGE)
+    return kept
 
 
 def note_passed_over(

@@ -38,6 +38,9 @@ NO_SIZE = ProblemKind(
 NO_ANNOTATION = ProblemKind(
     "image without an annotation left out", "images without an annotation left out", "image", lost=True
 )
+DRAWN_IMAGE = ProblemKind(
+    "image drawn by refinedet passed over", "images drawn by refinedet passed over", "image", lost=False
+)
 LISTED_TWICE = ProblemKind("entry listed twice", "entries listed twice", "file", lost=False)
 NAME_DIFFERS = ProblemKind(
     "annotation that names another image file", "annotations that name another image file", "file", lost=False

@@ -13,7 +13,15 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from refinedet.data.pairing import FolderFiles, Matches, list_files, match_files, place_below, split_folder
+from refinedet.data.pairing import (
+    FolderFiles,
+    Matches,
+    list_files,
+    match_files,
+    place_below,
+    split_folder,
+    without_drawn,
+)
 from refinedet.data.problems import LISTED_TWICE, ProblemLog
 from refinedet.data.voc_xml import is_annotation
 from refinedet.errors import RefineDetError, UsageError
@@ -258,6 +266,7 @@ def list_contents(folder: VocFolder) -> VocContents:
         of_images = {image.stem for image in files.images}
         files.labels[:] = [file for file in files.labels if file.stem in of_images or is_annotation(file)]
     matches = match_files(files.images, files.labels)
+    files.images[:] = without_drawn(files.images, matches.label_of())
     contents = VocContents(folder, files, matches, {})
     for file in sorted(files.labels, key=lambda label: (label not in matches.images_of, label)):
         if contents.annotations.setdefault(contents.key(file), file) != file:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from refinedet.data.image_paths import steps_below
-from refinedet.data.pairing import FolderFiles, Matches, list_files, match_files
+from refinedet.data.pairing import FolderFiles, Matches, list_files, match_files, without_drawn
 from refinedet.data.problems import (
     LABEL_SHARED,
     NO_ANNOTATION,
@@ -55,6 +55,8 @@ class LabelFiles:
             everything = self._list_everything(files)
             matches = match_files(_joined(everything.images, images), everything.labels)
             label_of = matches.label_of()
+        images = without_drawn(images, label_of, self._log)
+        folders = list(dict.fromkeys(image.parent for image in images))
         chosen = set(images)
         lost = self._lost_folders(folders, images, label_of)
         lost |= self._doubtful([image for image in images if image not in label_of], matches, files)

@@ -113,15 +113,14 @@ def _parse(number: int, fields: Sequence[str], keypoint_numbers: int) -> Row:
 
 
 def _wrong_count(count: int, keypoint_numbers: int) -> str:
+    shown = "1 number" if count == 1 else f"{count} numbers"
     if keypoint_numbers:
         return (
-            f"has {count} numbers; expected {5 + keypoint_numbers} (class cx cy width height, and {keypoint_numbers} "
+            f"has {shown}; expected {5 + keypoint_numbers} (class cx cy width height, and {keypoint_numbers} "
             "for the keypoints, as 'kpt_shape' says), or 5 without keypoints"
         )
     advice = "; a confidence at the end belongs to detections, not to labels" if count == 6 else ""
-    return (
-        f"has {count} numbers; expected 5 (class cx cy width height), or the class and the corners of a polygon{advice}"
-    )
+    return f"has {shown}; expected 5 (class cx cy width height), or the class and the corners of a polygon{advice}"
 
 
 def _shown(fields: Sequence[str]) -> str:

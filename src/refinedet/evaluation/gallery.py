@@ -13,7 +13,7 @@ from PIL import Image
 
 from refinedet.data.records import Record
 from refinedet.detections import Detections
-from refinedet.draw import draw_boxes
+from refinedet.draw import SIGNATURE, draw_boxes
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.diagnosis import Diagnosis, ImageDiagnosis
 from refinedet.evaluation.outcomes import Outcome
@@ -206,7 +206,7 @@ def _named_errors(own: Detections, image: ImageDiagnosis) -> list[str]:
 def _saver(picture: Image.Image) -> Callable[[Path], None]:
     # Thin lines in full colour: halved chroma would smear them.
     def save(path: Path) -> None:
-        picture.save(path, format="JPEG", quality=85, subsampling=0)
+        picture.save(path, format="JPEG", quality=85, subsampling=0, comment=SIGNATURE)
 
     return save
 

@@ -32,7 +32,9 @@ class Start:
         """Give the network its first weights; say what became of the classes, if they come from a detector."""
         if self.detector is not None:
             own, theirs = model.network.state_dict(), self.detector.network.state_dict()
-            state, transfer = transfer_classes(own, theirs, model.class_names, self.detector.class_names)
+            state, transfer = transfer_classes(
+                own, theirs, model.class_names, self.detector.class_names, self.detector.untrained
+            )
             load_weights(model.network, state, self.source)
             return transfer
         if self.backbone is not None:

@@ -380,7 +380,7 @@ def _writing(folder: RunFolder, world: World, inputs: Sequence[str | Path] = ())
 
 
 def _absolute(data: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
-    paths = (data,) if isinstance(data, (str, Path)) else tuple(data)
+    paths = tuple(data) if isinstance(data, Sequence) and not isinstance(data, str) else (data,)
     return tuple(Path(os.path.abspath(user_path(path))) for path in paths)
 
 

@@ -29,6 +29,7 @@ from refinedet.model.network import RefineDetNetwork
 from refinedet.weights import CARD_FILE, CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
 from refinedet.weights.store import (
     check_fit,
+    is_finite,
     load_weights,
     network_shell,
     open_safetensors,
@@ -167,8 +168,12 @@ def write_model(folder: Path, info: ModelInfo, state: Mapping[str, torch.Tensor]
         card: text of the model card; without it a card that is there stays.
 
     Raises:
-        RefineDetError: the folder cannot be written to or the disk is full; what was there before still is.
+        RefineDetError: a weight is not finite, the folder cannot be written to or the disk is full; what was there
+            before still is.
     """
+    for name, tensor in state.items():
+        if not is_finite(tensor):
+            raise RefineDetError(f"{folder}: not saved: '{name}' holds numbers that are not finite")
     data = save(dict(state), metadata={"format": "pt"})
     content: dict[str, Any] = {
         "format": "refinedet",
@@ -207,7 +212,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             raise RefineDetError(f"{folder}: cannot be saved ({failure_reason(error)})") from None
         part = target  # nothing may be made beside it, as where it is mounted: write in place, file by file
     # A folder in which this process stands would move away under its feet.
-    if part != target and Path.cwd().is_relative_to(target):
+    if part != target and _stands_in(target):
         part.rmdir()
         part = target
     try:
@@ -224,6 +229,13 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     finally:
         if part != target:
             _discard(part, target)
+
+
+def _stands_in(folder: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # the current folder was removed
+        return False
 
 
 def _take_place(part: Path, target: Path) -> None:

@@ -189,6 +189,8 @@ def open_weights(path: str | Path) -> WeightFile:
         raise RefineDetError(f"{file}: HDF5 files are not read; give a .caffemodel, .pth or .safetensors file")
     if not head:
         raise RefineDetError(f"{file}: the file is empty")
+    if file.suffix == ".safetensors":
+        raise RefineDetError(f"{file}: not a readable safetensors file (its header is damaged)")
     model = read_caffemodel(file)
     header = {key: tensor.to("meta") for key, tensor in model.blobs.items()}
     return WeightFile(str(file), header, lambda: model.blobs, model.dilations)

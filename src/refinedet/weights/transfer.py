@@ -40,8 +40,13 @@ class Transfer:
     dropped: tuple[str, ...]
     """Classes of the old model that the new one does not have."""
 
+    untrained: tuple[str, ...] = ()
+    """Parts of the old model that were random themselves, so that no class could be carried over."""
+
     def summary(self) -> str:
         """One line: which classes were carried over, and which start from random weights."""
+        if self.untrained:
+            return f"no classes carried over: the model to start from has random {', '.join(self.untrained)}"
         names = ", ".join(name if name == old else f"{name} (from {old})" for name, old in self.carried)
         line = f"{len(self.carried)} classes carried over" + (f": {names}" if names else "")
         line += f"; {len(self.new)} start from random weights" + (f": {', '.join(self.new)}" if self.new else "")
@@ -58,6 +63,7 @@ def transfer_classes(
     start_state: Mapping[str, Tensor],
     names: Sequence[str],
     start_names: Sequence[str],
+    untrained: tuple[str, ...] = (),
 ) -> tuple[dict[str, Tensor], Transfer]:
     """The weights of a detector of ``start_names`` for a network of ``names``.
 
@@ -67,12 +73,13 @@ def transfer_classes(
         start_state: tensors of the old one.
         names: classes of the new network, in label order.
         start_names: classes of the old one, in label order.
+        untrained: parts of the old one that are random, as its config.json says; then no class is carried over.
 
     Returns:
         New tensors for every name of ``start_state``, and what became of the classes. Rows of a classifier are anchor
         by anchor, each with the classes in label order and the background last, which is carried over as well.
     """
-    labels = match_classes(names, start_names)
+    labels = [None] * len(names) if untrained else match_classes(names, start_names)
     result = {name: tensor.clone() for name, tensor in start_state.items()}
     for name, own in state.items():
         if name.endswith("num_batches_tracked"):
@@ -92,7 +99,7 @@ def transfer_classes(
     carried = tuple((name, start_names[label]) for name, label in zip(names, labels, strict=True) if label is not None)
     new = tuple(name for name, label in zip(names, labels, strict=True) if label is None)
     dropped = tuple(name for label, name in enumerate(start_names) if label not in labels)
-    return result, Transfer(carried, new, dropped)
+    return result, Transfer(carried, new, dropped, untrained)
 
 
 def changed_fields(before: ModelConfig, after: ModelConfig) -> tuple[str, ...]:
