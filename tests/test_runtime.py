@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from refinedet.config import ModelConfig
+from refinedet.dataclass_json import to_dict
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.loading import load_detector
 from refinedet.runtime import Runtime
@@ -25,6 +29,58 @@ def foreign_model(path: Path, properties: dict[str, str] | None = None) -> Path:
     onnx.helper.set_model_props(model, properties or {})
     onnx.save_model(model, path)
     return path
+
+
+def constant_model(path: Path, **changed: Any) -> Path:
+    """A file whose graph returns the same two detections for any image, without a network."""
+    outputs = {
+        "boxes": np.array([[[8, 16, 24, 64], [-9, 0, 32, 70]]], np.float32),
+        "scores": np.array([[0.9, 0.25]], np.float32),
+        "labels": np.array([[1, 0]]),
+        "num_detections": np.array([2]),
+        "settled": np.array([True]),
+        "finite": np.array([True]),
+    } | changed
+    helper, tensor = onnx.helper, onnx.numpy_helper.from_array
+    outputs = {name: value for name, value in outputs.items() if value is not None}
+    kinds = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in outputs.items()}
+    graph = helper.make_graph(
+        [helper.make_node("Constant", [], [name], value=tensor(value)) for name, value in outputs.items()],
+        "constant",
+        [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 64, 64, 3])],
+        [helper.make_tensor_value_info(name, kinds[name], value.shape) for name, value in outputs.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    facts = {
+        "class_names": ["cat", "dog"],
+        "input_type": "float32",
+        "dynamic_size": False,
+        "raw": False,
+        "model": to_dict(ModelConfig(num_classes=2, image_size=(64, 64))),
+    }
+    onnx.helper.set_model_props(model, {"refinedet": json.dumps(facts)})
+    onnx.save_model(model, path)
+    return path
+
+
+def test_outputs_become_detections(tmp_path: Path) -> None:
+    model = Runtime(constant_model(tmp_path / "a.onnx"), threads=1)
+    photo = np.zeros((128, 32, 3), np.uint8)
+    found = model.predict(photo, threshold=None)
+    np.testing.assert_array_equal(found.boxes, [[4, 32, 12, 128], [0, 0, 16, 128]])  # scaled, then clipped
+    assert found.names == ["dog", "cat"]
+    assert [len(one) for one in model.stream([photo, photo], batch_size=1)] == [1, 1]  # of the usual threshold
+
+
+def test_outputs_that_are_no_answer_are_refused(tmp_path: Path) -> None:
+    for changed, reason in (
+        ({"finite": np.array([False])}, "outputs are not finite"),
+        ({"settled": np.array([False])}, "more rounds of suppression"),
+        ({"finite": None}, "export the model again"),
+    ):
+        model = Runtime(constant_model(tmp_path / "a.onnx", **changed))
+        with pytest.raises(RefineDetError, match=reason):
+            model.predict(np.zeros((64, 64, 3), np.uint8))
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -73,8 +129,20 @@ def test_names_of_models_still_load(tmp_path: Path) -> None:
 def test_the_runtime_never_imports_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None; "
-        "import refinedet.runtime, refinedet.loading, refinedet.cli, refinedet.bulk.run; "
-        "from refinedet.runtime import Runtime"
+        "import refinedet.runtime, refinedet.loading, refinedet.cli, refinedet.bulk.run, refinedet.evaluation.evaluate; "
+        "import refinedet.evaluation.page, refinedet.evaluation.submission, refinedet.evaluation.compare"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_command_that_needs_torch_says_so() -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; from refinedet.cli import main; "
+        "sys.exit(main(['predict', 'voc07-320-resnet18', sys.argv[1]]))"
+    )
+    photo = str(Path(__file__).parents[1] / "examples/chelsea.jpg")
+    done = subprocess.run([sys.executable, "-c", program, photo], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: this command needs PyTorch")
+    assert done.stderr.count("\n") == 1

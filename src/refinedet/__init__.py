@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from refinedet.bulk.parts import read_batch
     from refinedet.bulk.run import batch
+    from refinedet.deploy.export import export
     from refinedet.detections import Detections
     from refinedet.detector import RefineDet
     from refinedet.errors import RefineDetError, UsageError
@@ -28,6 +29,7 @@ __all__ = [
     "UsageError",
     "batch",
     "evaluate",
+    "export",
     "read_batch",
     "train",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "UsageError": "refinedet.errors",
     "batch": "refinedet.bulk.run",
     "evaluate": "refinedet.evaluation.evaluate",
+    "export": "refinedet.deploy.export",
     "read_batch": "refinedet.bulk.parts",
     "train": "refinedet.training.train",
 }

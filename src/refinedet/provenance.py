@@ -20,7 +20,7 @@ class Provenance:
     version: str = ""
     """Of refinedet."""
     torch: str = ""
-    """Version of torch."""
+    """Version of torch; empty where it is not installed."""
     device: str = ""
     """Where the network ran: "cpu", "cuda:0"."""
     command: str = ""
@@ -33,11 +33,18 @@ class Provenance:
         """Of this process, at this time."""
         return cls(
             version=refinedet.__version__,
-            torch=importlib.metadata.version("torch"),
+            torch=_version_of("torch"),
             device=str(device),
             command=_command_line(),
             date=datetime.now(UTC).replace(microsecond=0).isoformat(),
         )
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _command_line() -> str:

@@ -1,7 +1,7 @@
 """Exported detectors without PyTorch: the same ``predict`` and ``stream``, the same ``Detections``.
 
-Needs the extra ``refinedet[runtime]`` (ONNX Runtime), or OpenVINO for ``.xml`` files. Imports neither torch nor
-torchvision.
+Needs ONNX Runtime, or OpenVINO for ``.xml`` files: the distribution ``refinedet-runtime``, or extras of ``refinedet``.
+Imports neither torch nor torchvision.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Outputs(NamedTuple):
     labels: npt.NDArray[np.int64]
     num_detections: npt.NDArray[np.int64]
     settled: npt.NDArray[np.bool_]
+    finite: npt.NDArray[np.bool_]
 
 
 class _Engine(Protocol):
@@ -117,7 +118,10 @@ class Runtime:
         """
         if self.raw:
             raise UsageError(f"{self.path}: was exported with --raw, so it returns no detections")
-        return Outputs(*self._engine.run(images))
+        values = self._engine.run(images)
+        if len(values) != len(Outputs._fields):
+            raise RefineDetError(f"{self.path}: was exported by another version of refinedet; export the model again")
+        return Outputs(*values)
 
     def run_raw(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """All outputs of the graph as they are, for files that were exported without post-processing."""
@@ -170,7 +174,8 @@ class Runtime:
 
         Raises:
             UsageError: another size than that of the file, which was exported for one size.
-            RefineDetError: suppression did not settle within the rounds of the graph.
+            RefineDetError: the network's outputs are not finite, or suppression did not settle within the rounds of
+                the graph.
         """
         if not images:
             return []
@@ -178,29 +183,29 @@ class Runtime:
         if tuple(input_size) != self.config.image_size and not self.dynamic_size:
             raise UsageError(f"{self.path}: was exported for {self.config.image_size} only; export with --dynamic-size")
         outputs = self.run(self.inputs(images, size))
+        if not outputs.finite.all():
+            raise RefineDetError(f"{self.path}: the network's outputs are not finite: its weights are ruined")
         if not outputs.settled.all():
             row = int(np.argmin(outputs.settled))
             name = (sources[row] if sources else None) or f"image {row + 1} of the batch"
-            raise RefineDetError(
-                f"{name}: needs more rounds of suppression than {self.path} has; export the model with more rounds"
-            )
+            raise RefineDetError(f"{name}: needs more rounds of suppression than {self.path} has; use the model itself")
         padded = PaddedArrays(outputs.boxes, outputs.scores, outputs.labels, outputs.num_detections)
         results = unpad(padded, images, input_size, self.class_names, self.config.inference)
         return finish(results, threshold=threshold, sources=sources)
 
 
-def _package(name: str, extra: str, file: Path) -> Any:
+def _package(name: str, file: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"{file}: needs {name}: pip install 'refinedet[{extra}]'") from None
+        raise UsageError(f"{file}: needs {name}: pip install {name}") from None
 
 
 class _OnnxRuntime:
     """ONNX Runtime on the CPU."""
 
     def __init__(self, file: Path, threads: int | None, precision: str) -> None:
-        onnxruntime = _package("onnxruntime", "runtime", file)
+        onnxruntime = _package("onnxruntime", file)
         if precision != "f32":
             raise UsageError(f"precision {precision!r} is for OpenVINO; ONNX Runtime computes as the file says")
         options = onnxruntime.SessionOptions()
@@ -227,7 +232,7 @@ class _OpenVino:
     """OpenVINO on the CPU."""
 
     def __init__(self, file: Path, threads: int | None, precision: str) -> None:
-        openvino = _package("openvino", "openvino", file)
+        openvino = _package("openvino", file)
         if not file.with_suffix(".bin").is_file():
             raise RefineDetError(f"{file.with_suffix('.bin')}: no such file; the weights of {file.name} belong there")
         settings = {"INFERENCE_PRECISION_HINT": precision}

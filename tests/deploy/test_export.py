@@ -154,6 +154,16 @@ def test_a_failed_verification_leaves_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+def test_ruined_weights_are_not_exported(tmp_path: Path) -> None:
+    model = detector()
+    with torch.no_grad():
+        model.network.odm[0].logits.bias[0] = torch.nan
+    with pytest.raises(RefineDetError, match="outputs are not finite"):
+        export(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 def test_the_command_line_exports_predicts_and_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     detector().save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--to", "onnx", "--out", str(tmp_path / "deploy")]) == 0

@@ -90,6 +90,8 @@ def _unexpected(error: Exception) -> int:
         return fail(f"out of GPU memory; try a smaller --batch-size ({' '.join(str(error).split())[:120]})", 1)
     if isinstance(error, RuntimeError) and re.search(r"can't allocate memory|not enough memory", str(error)):
         return fail(OUT_OF_MEMORY, 1)  # so says torch on a CPU
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
+        return fail("this command needs PyTorch, which refinedet-runtime does without; install refinedet for it", 2)
     if isinstance(error, FileNotFoundError) and error.filename is None:
         return fail("the current folder was removed; change to one that exists", 2)
     if isinstance(error, OSError) and error.filename is not None:

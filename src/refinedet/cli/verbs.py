@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from refinedet.detector import RefineDet
     from refinedet.evaluation.detector import Detector
     from refinedet.evaluation.report import Metric
+    from refinedet.runtime import Runtime
 
 
 @verb
@@ -127,13 +128,12 @@ def evaluate(
 
 def _open_for_server(
     weights: str, data: Path, split: str | None, *, allow_outside: bool, device: str
-) -> tuple[RefineDet, DetectionDataset]:
+) -> tuple[RefineDet | Runtime, DetectionDataset]:
     """The detector and the images, which may lack annotations."""
-    from refinedet.detector import RefineDet
-    from refinedet.device import pick_device
     from refinedet.evaluation.evaluate import open_evaluation_data
+    from refinedet.loading import load_detector
 
-    detector = RefineDet.from_pretrained(weights, device=pick_device(device))
+    detector = load_detector(weights, device=device)
     dataset = open_evaluation_data(data, split, detector, require_annotations=False, allow_outside=allow_outside)
     return detector, dataset
 

@@ -71,6 +71,12 @@ def export(
     Raises:
         UsageError: another ending, an existing file that is no export, or a package that is not installed.
         RefineDetError: the file's detections differ from those of PyTorch, or the disk is full; nothing is left behind.
+
+    Example:
+        >>> from refinedet import export
+        >>> print(export("voc07-320-resnet18", "deploy/model.onnx").summary())  # doctest: +SKIP
+        verified on 8 images at batch 1, 2, 5: 4332 detections equal, boxes within 0.00037 px, scores within 1.1e-06,
+        ties: 0
     """
     target = check_target(user_path(path), half=half)
     if input_type not in get_args(InputType):

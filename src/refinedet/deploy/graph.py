@@ -34,6 +34,8 @@ class GraphDetections(NamedTuple):
     """(B,) int64: how many rows are not padding."""
     settled: Tensor
     """(B,) bool: False if suppression needed more rounds than the graph has, so that boxes may be missing or extra."""
+    finite: Tensor
+    """(B,) bool: False if the network's scores are no finite numbers, which reads as an image without objects."""
 
 
 OUTPUTS = GraphDetections._fields
@@ -74,4 +76,5 @@ class DetectorGraph(nn.Module):
         if self.raw:
             return predictions
         found = postprocess(predictions, self.config, rounds=self.rounds)
-        return GraphDetections(found.boxes, found.scores, found.labels, found.counts, found.settled)
+        finite = predictions.odm_logits.isfinite().flatten(1).all(dim=1)
+        return GraphDetections(found.boxes, found.scores, found.labels, found.counts, found.settled, finite)

@@ -136,6 +136,9 @@ def verify(model: RefineDet, exported: Runtime, images: Sequence[Pixels]) -> Ver
             outputs = exported.run(batch)
             for row, index in enumerate(chosen):
                 where = f"image {index + 1} at batch {size}"
+                if not outputs.finite[row]:
+                    result.faults.append(f"{where}: the network's outputs are not finite")
+                    continue
                 if not outputs.settled[row]:
                     result.faults.append(f"{where}: more rounds of suppression are needed than the graph has")
                     continue

@@ -25,8 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from refinedet.config import Preset
 from refinedet.dataclass_json import from_dict
 from refinedet.errors import RefineDetError
@@ -184,7 +182,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what killed trainings left unfinished, and nothing else; needs the lock, for no writer may live."""
-        from refinedet.weights.folder import clear_unfinished  # which needs torch, unlike the names above
+        from refinedet.weights.folder import clear_unfinished  # which needs torch
 
         for folder in (self.path, *(self.path / name for name in (LAST_FOLDER, BEST_FOLDER, REPORT_FOLDER))):
             remove_stale_parts(folder, settled=0.0)  # under the lock of the run nobody is about to write
@@ -222,6 +220,8 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, before: Callable[[], N
     """
 
     def write(part: Path) -> None:
+        import torch  # only here and where it is read: the names above are wanted without PyTorch too
+
         # Through Python's own file: a full disk is then an OSError of write(), not an abort inside the zip writer.
         with part.open("wb") as stream:
             torch.save(state, stream)
@@ -266,6 +266,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         RefineDetError: missing, cut, damaged, or not such a file.
     """
+    import torch
+
     if not path.exists():
         raise RefineDetError(f"{path}: no checkpoint there; --resume wants the folder of a run that has saved one")
     try:
