@@ -129,8 +129,9 @@ def test_names_of_models_still_load(tmp_path: Path) -> None:
 def test_the_runtime_never_imports_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None; "
-        "import refinedet.runtime, refinedet.loading, refinedet.cli, refinedet.bulk.run, refinedet.evaluation.evaluate; "
-        "import refinedet.evaluation.page, refinedet.evaluation.submission, refinedet.evaluation.compare"
+        "import refinedet.runtime, refinedet.loading, refinedet.cli, refinedet.bulk.run; "
+        "import refinedet.evaluation.evaluate, refinedet.evaluation.page; "
+        "import refinedet.evaluation.submission, refinedet.evaluation.compare"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

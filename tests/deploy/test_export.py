@@ -68,8 +68,9 @@ def test_the_graph_is_the_detector(photos: list[Any], order: Any) -> None:
 
     inputs = torch.from_numpy(np.stack([resize(photo, 64, 128) for photo in photos]))
     with torch.no_grad():
-        boxes, scores, labels, counts, settled = graph(inputs)
+        boxes, scores, labels, counts, settled, finite = graph(inputs)
     assert settled.all()
+    assert finite.all()
     for row, (photo, expected) in enumerate(zip(photos, model.predict_arrays(photos), strict=True)):
         count = int(counts[row])
         factor = np.array([photo.shape[1] / 128, photo.shape[0] / 64] * 2, dtype=np.float32)

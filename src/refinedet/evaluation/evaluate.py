@@ -33,6 +33,7 @@ from refinedet.training.data_check import require_few_repairs
 if TYPE_CHECKING:
     from refinedet.detections import Detections
     from refinedet.detector import RefineDet
+    from refinedet.runtime import Runtime
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) after every batch."""
@@ -160,7 +161,7 @@ def _held_out(run: RunData | None, metric: Metric | None) -> tuple[DetectionData
 def _at_scales(detector: Detector, metric: Metric, batch_size: int) -> tuple[Detector, tuple[str, ...]]:
     """The same model under multi-scale testing, and its passes in words."""
     form: Form = "coco" if metric == "coco" else "voc"
-    several = MultiScale(cast("RefineDet", detector), form, batch_size=max(1, batch_size))
+    several = MultiScale(cast("RefineDet | Runtime", detector), form, batch_size=max(1, batch_size))
     return several, tuple(str(one) for one in several.passes)
 
 

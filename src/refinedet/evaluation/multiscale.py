@@ -25,6 +25,7 @@ from refinedet.errors import UsageError
 
 if TYPE_CHECKING:
     from refinedet.detector import RefineDet
+    from refinedet.runtime import Runtime
 
 Form = Literal["voc", "coco"]
 
@@ -198,7 +199,7 @@ class MultiScale:
     than ``batch_size`` images at the model's own size, so memory does not grow with the passes.
 
     Args:
-        model: a ``RefineDet`` of 320x320 or 512x512.
+        model: a ``RefineDet`` of 320x320 or 512x512, or a file of one that was exported with ``dynamic_size``.
         form: "voc" or "coco": the passes and the vote.
         batch_size: images of the model's own size that go through the network at once.
 
@@ -208,7 +209,7 @@ class MultiScale:
         UsageError: a model of another size.
     """
 
-    def __init__(self, model: RefineDet, form: Form, *, batch_size: int = 8) -> None:
+    def __init__(self, model: RefineDet | Runtime, form: Form, *, batch_size: int = 8) -> None:
         self.model = model
         # The same network; its post-processing follows from the config.
         self._without_soft_nms = copy.copy(model)
