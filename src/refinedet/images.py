@@ -239,7 +239,8 @@ def _open(file: IO[bytes], name: str, max_pixels: int | None) -> Image.Image:
 
 def _too_large(name: str, limit: int, size: tuple[int, int] | None = None) -> str:
     sides = f" ({size[0]}x{size[1]})" if size else ""
-    return f"{name}: image is too large{sides}: more than {limit:,} pixels; raise the limit (max_pixels) to read it"
+    advice = "scale it down, or predict it with a higher --max-pixels (in Python: max_pixels)"
+    return f"{name}: image is too large{sides}: more than {limit:,} pixels; {advice}"
 
 
 @lru_cache(maxsize=1)
