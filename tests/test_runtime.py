@@ -129,7 +129,7 @@ def test_names_of_models_still_load(tmp_path: Path) -> None:
 def test_the_runtime_never_imports_torch() -> None:
     program = (
         "import sys; sys.modules['torch'] = sys.modules['torchvision'] = None; "
-        "import refinedet.runtime, refinedet.loading, refinedet.cli, refinedet.bulk.run; "
+        "import refinedet.runtime, refinedet.loading, refinedet.cli, refinedet.bulk.run, refinedet.benchmark; "
         "import refinedet.evaluation.evaluate, refinedet.evaluation.page; "
         "import refinedet.evaluation.submission, refinedet.evaluation.compare"
     )

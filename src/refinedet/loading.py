@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refinedet.errors import UsageError
-from refinedet.files import user_path
-from refinedet.runtime import SUFFIXES, Runtime
+from refinedet.runtime import Runtime, is_exported
 
 if TYPE_CHECKING:
     from refinedet.detector import RefineDet
@@ -25,8 +24,7 @@ def load_detector(name: str | Path, *, device: str = "auto", threads: int | None
         UsageError: nothing of that name, or an exported file on another device.
         RefineDetError: a file is damaged or does not fit its configuration.
     """
-    path = user_path(name)
-    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+    if is_exported(name):
         if device not in ("auto", "cpu"):
             raise UsageError(f"{name}: exported models run on the CPU here, not on '{device}'")
         return Runtime(name, threads=threads)

@@ -32,6 +32,12 @@ SUFFIXES = (".onnx", ".xml")
 """Endings of exported models."""
 
 
+def is_exported(name: str | Path) -> bool:
+    """Whether the name of a model is that of an exported file."""
+    path = user_path(name)
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+
+
 class Outputs(NamedTuple):
     """What a graph returns, as arrays; see ``deploy.graph.GraphDetections``."""
 
@@ -46,6 +52,7 @@ class Outputs(NamedTuple):
 class _Engine(Protocol):
     """A loaded file: its metadata, and arrays in and out."""
 
+    name: str
     metadata: str
 
     def run(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
@@ -79,6 +86,7 @@ class Runtime:
             raise UsageError(f"{file}: no such file")
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, not {threads}")
+        self.threads = threads
         engine = _OnnxRuntime if file.suffix.lower() == ".onnx" else _OpenVino
         self._engine: _Engine = engine(file, threads, precision)
         self.path = file
@@ -100,6 +108,11 @@ class Runtime:
         identifiers = facts.get("category_ids")
         self.category_ids: tuple[int, ...] | None = None if identifiers is None else tuple(map(int, identifiers))
         self.metrics: dict[str, Any] = facts.get("metrics") or {}
+
+    @property
+    def engine(self) -> str:
+        """What computes: "ONNX Runtime" or "OpenVINO"."""
+        return self._engine.name
 
     def __repr__(self) -> str:
         """File, classes, input size."""
@@ -204,6 +217,8 @@ def _package(name: str, file: Path) -> Any:
 class _OnnxRuntime:
     """ONNX Runtime on the CPU."""
 
+    name = "ONNX Runtime"
+
     def __init__(self, file: Path, threads: int | None, precision: str) -> None:
         onnxruntime = _package("onnxruntime", file)
         if precision != "f32":
@@ -230,6 +245,8 @@ class _OnnxRuntime:
 
 class _OpenVino:
     """OpenVINO on the CPU."""
+
+    name = "OpenVINO"
 
     def __init__(self, file: Path, threads: int | None, precision: str) -> None:
         openvino = _package("openvino", file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -27,6 +27,10 @@ from refinedet.cli.terminal import say
 from refinedet.errors import UsageError
 from refinedet.files import check_output_folder, user_path
 from refinedet.presets import PRESETS, get_preset
+
+if TYPE_CHECKING:
+    from refinedet.detector import RefineDet
+    from refinedet.runtime import Runtime
 
 EXPORTED_FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
 """What the file of each exported format is called."""
@@ -155,7 +159,7 @@ def export(
 
 @verb
 def benchmark(
-    weights: Weights,
+    weights: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="WEIGHTS...")],
     /,
     *,
     image: OptionalFile = None,
@@ -164,39 +168,57 @@ def benchmark(
     threads: OptionalCount = None,
     device: Device = "auto",
 ) -> int:
-    """Measure the speed of a detector at batch 1, step by step.
+    """Measure the speed of detectors at batch 1.
+
+    Of one the time of each step is shown. Several take turns, and their speed is compared with that of the first.
 
     Args:
-        weights: A bundled model, a run folder, a folder of weights, hf:owner/name, or a preset, with random weights.
+        weights: Each a bundled model, an exported file, a run folder, a folder of weights, hf:owner/name, or a preset,
+            with random weights.
         image: An image to measure on (default: noise of 500x375).
         runs: Timed runs.
         warmup: Runs before them that do not count.
-        threads: CPU threads (default: torch's choice).
-        device: cpu, cuda, mps, or auto (a GPU if there is one).
+        threads: CPU threads (default: the engine's choice).
+        device: cpu, cuda, mps, or auto (a GPU if there is one); exported files run on the CPU.
     """
     check_at_least("--runs", runs)
     check_at_least("--warmup", warmup, 0)
     check_at_least("--threads", threads)
+    if not weights:
+        raise UsageError("missing: WEIGHTS...; see refinedet benchmark --help")
 
+    from refinedet.benchmark import comparison_table, measure_speeds
     from refinedet.images import read_image
 
     pixels = None if image is None else read_image(user_path(image))
+    models = [(name, _load_for_timing(name, device, threads)) for name in weights]
+    speeds = measure_speeds(models, pixels, runs=runs, warmup=warmup)
+    say(speeds[0].table() if len(speeds) == 1 else comparison_table(speeds))
+    return 0
+
+
+def _load_for_timing(name: str, device: str, threads: int | None) -> RefineDet | Runtime:
+    """A model, also one of a preset with random weights.
+
+    Raises:
+        UsageError: nothing of that name, or an exported file without detections.
+    """
+    if name not in PRESETS or refinedet.weights.folder_of(name) is not None:
+        from refinedet.loading import load_detector
+        from refinedet.runtime import Runtime, is_exported
+
+        detector = load_detector(name, device="auto" if is_exported(name) else device, threads=threads)
+        if isinstance(detector, Runtime) and detector.raw:
+            raise UsageError(f"{name}: was exported with --raw, so it returns no detections")
+        return detector
 
     import torch
 
-    from refinedet.benchmark import measure_speed
     from refinedet.detector import RefineDet
-    from refinedet.device import pick_device
 
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = pick_device(device)
-    if weights in PRESETS and refinedet.weights.folder_of(weights) is None:
-        detector = RefineDet(PRESETS[weights].model).to(chosen)
-    else:
-        detector = RefineDet.from_pretrained(weights, device=chosen)
-    say(measure_speed(detector, pixels, runs=runs, warmup=warmup).table())
-    return 0
+    return RefineDet(PRESETS[name].model).to(device)
 
 
 @verb
