@@ -50,6 +50,7 @@ TESTED_ELSEWHERE = {
     "data/yolo_labels.py": "data/test_yolo_exports.py",
     "data/yolo_rows.py": "data/test_yolo.py",
     "dataclass_json.py": "test_config.py",
+    "decoding.py": "test_sources.py",
     "deploy/graph.py": "deploy/test_export.py",
     "deploy/verify.py": "deploy/test_export.py",
     "evaluation/detector.py": "typed_calls.py",  # a protocol

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,23 @@ def test_notebooks(photo: Path) -> None:
     assert "data:image/png;base64," in text
     assert some(source=None)._repr_png_() is None
     assert "<img" not in some(source="gone.jpg")._repr_html_()
+
+
+def test_tracks_follow_their_detections() -> None:
+    boxes, scores = [[0, 0, 9, 9], [1, 1, 5, 5], [2, 2, 8, 8]], [0.9, 0.5, 0.7]
+    found = Detections(boxes, scores, [0, 1, 0], ("cat", "dog"), (10, 10), time=1.5, frame=36, track_ids=[4, -1, 7])  # type: ignore[arg-type]
+    for fewer, tracks in ((found.filter(0.6), [4, 7]), (found[1:], [-1, 7]), (found.filter(top=1), [4])):
+        assert fewer.track_ids is not None
+        assert fewer.track_ids.tolist() == tracks
+        assert (fewer.time, fewer.frame) == (1.5, 36)
+    values = found.to_dict()
+    assert (values["frame"], values["time"]) == (36, 1.5)
+    assert [item["track"] for item in values["detections"]] == [4, -1, 7]
+    assert "track" not in replace(found, track_ids=None).to_dict()["detections"][0]
+    assert (found + found).track_ids is None
+    with pytest.raises(UsageError, match="3 boxes, 2 track ids"):
+        replace(found, track_ids=np.array([1, 2]))
+    # Two objects of one class, and one that is not followed yet, in three colours; of one track it stays the same.
+    image = np.zeros((200, 200, 3), np.uint8)
+    drawn = replace(found, boxes=np.array(found.boxes * 20), image_size=(200, 200)).draw(image, labels=False)
+    assert len({tuple(pixel) for pixel in drawn.reshape(-1, 3).tolist()}) == 4

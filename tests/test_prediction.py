@@ -61,7 +61,7 @@ def test_without_a_handler_the_first_error_is_raised(photos: Path) -> None:
 
 def test_huge_images_go_one_by_one(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "2.png").unlink()
-    monkeypatch.setattr("refinedet.sources.PIXELS_AHEAD", 100)
+    monkeypatch.setattr("refinedet.decoding.PIXELS_AHEAD", 100)
     model = Brightness()
     assert len(list(predict_ahead(model, photos, threshold=None))) == 4
     assert model.batches == [1, 1, 1, 1]

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from refinedet.text import printable
+from refinedet.text import clock, printable
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,7 @@ from refinedet.text import printable
 def test_printable(text: str, shown: str) -> None:
     assert printable(text) == shown
     printable(text).encode()
+
+
+def test_clock() -> None:
+    assert [clock(0), clock(59.9996), clock(3725.25)] == ["0:00:00.000", "0:01:00.000", "1:02:05.250"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from refinedet import Detections, RefineDet, RefineDetError, UsageError
+from refinedet import Detections, RefineDet, RefineDetError, UsageError, Video
 from refinedet.images import ImageSource
 from refinedet.pixels import Pixels
 
@@ -33,6 +33,11 @@ def many(model: RefineDet, arrays: list[Pixels], images: list[Image.Image]) -> l
     results: list[Detections] = model.predict(images)
     results += model.predict(arrays) + model.predict(paths) + model.predict(names) + model.predict(generated())
     return results + list(model.stream(mixed, threshold=0.5, batch_size=2))
+
+
+def videos(model: RefineDet) -> list[Detections]:
+    clip = Video("clip.mp4", every=5, start=1.5)
+    return [*model.stream(clip), *model.stream(0), *model.stream(["a.jpg", clip]), *model.predict(clip)]
 
 
 def use(found: Detections) -> tuple[str, float, Detections]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from refinedet.evaluation.evaluate import evaluate
     from refinedet.presets import PRESETS
     from refinedet.training.train import train
+    from refinedet.video import Video
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "RefineDet",
     "RefineDetError",
     "UsageError",
+    "Video",
     "batch",
     "evaluate",
     "export",
@@ -44,6 +46,7 @@ _HOMES = {
     "evaluate": "refinedet.evaluation.evaluate",
     "export": "refinedet.deploy.export",
     "read_batch": "refinedet.bulk.parts",
+    "Video": "refinedet.video",
     "train": "refinedet.training.train",
 }
 

@@ -9,13 +9,11 @@ import numbers
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from refinedet import draw
 from refinedet.errors import RefineDetError, UsageError, did_you_mean
@@ -70,6 +68,12 @@ class Detections:
     """Width and height of the original image in pixels."""
     source: str | None = None
     """Path or address the image came from, if it came from one."""
+    time: float | None = None
+    """Of a frame of a video: seconds from its start."""
+    frame: int | None = None
+    """Of a frame of a video: its number, from 0."""
+    track_ids: npt.NDArray[np.int64] | None = None
+    """(D,) number of each object over the frames of a video, from 1; -1 of those that are not followed yet."""
 
     def __post_init__(self) -> None:
         boxes = np.array(self.boxes, dtype=np.float32).reshape(-1, 4)
@@ -80,16 +84,15 @@ class Detections:
                 f"{len(boxes)} boxes, {len(scores)} scores, {len(labels)} labels: the numbers must be equal"
             )
         names = tuple(self.class_names)
+        tracks = None if self.track_ids is None else np.array(self.track_ids, dtype=np.int64).reshape(-1)
+        if tracks is not None and len(tracks) != len(boxes):
+            raise UsageError(f"{len(boxes)} boxes, {len(tracks)} track ids: the numbers must be equal")
         if len(labels) and not (labels.min() >= 0 and labels.max() < len(names)):
             raise UsageError(f"labels must lie in 0..{len(names) - 1}, found {labels.min()}..{labels.max()}")
         width, height = self.image_size
-        for name, value in (
-            ("boxes", boxes),
-            ("scores", scores),
-            ("labels", labels),
-            ("class_names", names),
-            ("image_size", (int(width), int(height))),
-        ):
+        size = int(width), int(height)
+        values = {"boxes": boxes, "scores": scores, "labels": labels, "class_names": names, "image_size": size}
+        for name, value in {**values, "track_ids": tracks}.items():
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -146,7 +149,12 @@ class Detections:
                 raise UsageError("detections are picked by a number, a slice, a mask of booleans or a list of numbers")
             if chosen.dtype.kind == "b" and len(chosen) != len(self):
                 raise UsageError(f"a mask of {len(chosen)} booleans for {len(self)} detections")
-        return replace(self, boxes=self.boxes[chosen], scores=self.scores[chosen], labels=self.labels[chosen])
+        return self._take(chosen)
+
+    def _take(self, chosen: Any) -> Detections:
+        tracks = None if self.track_ids is None else self.track_ids[chosen]
+        arrays = self.boxes[chosen], self.scores[chosen], self.labels[chosen]
+        return replace(self, boxes=arrays[0], scores=arrays[1], labels=arrays[2], track_ids=tracks)
 
     def __add__(self, other: Detections) -> Detections:
         """These detections, then the others, of the same image and classes; they are not sorted again."""
@@ -160,6 +168,7 @@ class Detections:
             scores=np.concatenate([self.scores, other.scores]),
             labels=np.concatenate([self.labels, other.labels]),
             source=self.source if self.source == other.source else None,
+            track_ids=None,
         )
 
     def __repr__(self) -> str:
@@ -196,7 +205,7 @@ class Detections:
                 raise UsageError(f"top must not be negative, not {top}")
             best = np.argsort(-self.scores[indices], kind="stable")[:top]
             indices = indices[np.sort(best)]
-        return replace(self, boxes=self.boxes[indices], scores=self.scores[indices], labels=self.labels[indices])
+        return self._take(indices)
 
     def _label(self, label: int | str) -> int:
         if isinstance(label, str):
@@ -245,16 +254,19 @@ class Detections:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, lossless: source, image size, and per detection label, name, score and xyxy box."""
-        return {
-            "source": self.source,
-            "width": self.image_size[0],
-            "height": self.image_size[1],
-            "detections": [
-                {"label": int(label), "name": name, "score": _shortest([score])[0], "box": _shortest(box)}
-                for label, name, score, box in zip(self.labels, self.names, self.scores, self.boxes, strict=True)
-            ],
-        }
+        """Plain values for JSON, lossless: source, image size, and per detection label, name, score and xyxy box.
+
+        Of a frame of a video also its number and time, and the track of each detection.
+        """
+        objects: list[dict[str, Any]] = [
+            {"label": int(label), "name": name, "score": _shortest([score])[0], "box": _shortest(box)}
+            for label, name, score, box in zip(self.labels, self.names, self.scores, self.boxes, strict=True)
+        ]
+        for item, track in zip(objects, () if self.track_ids is None else self.track_ids.tolist(), strict=False):
+            item["track"] = track
+        moment: dict[str, Any] = {} if self.time is None else {"frame": self.frame, "time": round(self.time, 6)}
+        width, height = self.image_size
+        return {"source": self.source, **moment, "width": width, "height": height, "detections": objects}
 
     def to_json(self) -> str:
         """``to_dict`` as a line of JSON."""
@@ -270,16 +282,8 @@ class Detections:
             import pandas
         except ImportError:
             raise UsageError("pandas is not installed: pip install pandas") from None
-        x1, y1, x2, y2 = self.boxes.T
-        columns = {
-            "name": self.names,
-            "label": self.labels,
-            "score": self.scores,
-            "x1": x1,
-            "y1": y1,
-            "x2": x2,
-            "y2": y2,
-        }
+        corners = dict(zip(("x1", "y1", "x2", "y2"), self.boxes.T, strict=True))
+        columns = {"name": self.names, "label": self.labels, "score": self.scores, **corners}
         return pandas.DataFrame({**columns, "source": [self.source] * len(self)})
 
     def to_supervision(self) -> Any:
@@ -296,6 +300,7 @@ class Detections:
             xyxy=self.boxes.copy(),
             confidence=self.scores.copy(),
             class_id=self.labels.copy(),
+            tracker_id=self.track_ids,
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
@@ -336,6 +341,7 @@ class Detections:
             self.labels,
             self.class_names,
             self.scores,
+            tracks=self.track_ids,
             line_width=line_width,
             show_labels=labels,
             font=font,
@@ -365,13 +371,9 @@ class Detections:
     def _repr_png_(self) -> bytes | None:
         """The drawn image, for notebooks; None where the source is not known."""
         try:
-            drawn = Image.fromarray(self.draw())
+            return draw.png_bytes(self.draw(), _NOTEBOOK_SIDE)
         except RefineDetError:
             return None
-        drawn.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
-        content = BytesIO()
-        drawn.save(content, format="PNG")
-        return content.getvalue()
 
     def _repr_html_(self) -> str:
         """The drawn image and the table, for notebooks."""

@@ -31,6 +31,7 @@ from refinedet.weights.store import find_model
 if TYPE_CHECKING:
     from refinedet.explain import Explanation
     from refinedet.images import ImageSource, PixelSource
+    from refinedet.video import VideoSource
 
 _LOG = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class RefineDet:
     @overload
     def predict(
         self,
-        source: Iterable[ImageSource],
+        source: Iterable[ImageSource | VideoSource] | VideoSource,
         *,
         threshold: float | None = ...,
         batch_size: int = ...,
@@ -151,7 +152,7 @@ class RefineDet:
     ) -> list[Detections]: ...
     def predict(
         self,
-        source: ImageSource | Iterable[ImageSource],
+        source: ImageSource | VideoSource | Iterable[ImageSource | VideoSource],
         *,
         threshold: float | None = DEFAULT_THRESHOLD,
         batch_size: int = 8,
@@ -163,7 +164,8 @@ class RefineDet:
         Args:
             source: one image: a path, an http(s) address, the bytes of a file, an open binary file, a Pillow image, a
                 NumPy array ((H, W, 3) RGB, also gray, RGBA, uint16) or a torch tensor ((C, H, W) or (H, W, C), uint8 or
-                floats in 0..1). Or many: a folder, a pattern such as ``"photos/*.jpg"``, a list or a generator.
+                floats in 0..1). Or many: a folder, a pattern such as ``"photos/*.jpg"``, a list, a generator, a video
+                (file, address of a stream, or ``Video``), or the number of a camera.
             threshold: lowest score returned; None returns all that post-processing keeps.
             batch_size: images per run of the network; fewer where they are very large.
             max_pixels: largest width times height of an image that is read; ``images.MAX_PIXELS`` if None.
@@ -191,7 +193,7 @@ class RefineDet:
 
     def stream(
         self,
-        sources: ImageSource | Iterable[ImageSource],
+        sources: ImageSource | VideoSource | Iterable[ImageSource | VideoSource],
         *,
         threshold: float | None = DEFAULT_THRESHOLD,
         batch_size: int = 8,
@@ -200,7 +202,8 @@ class RefineDet:
     ) -> Iterator[Detections]:
         """Detect objects in any number of images with flat memory, one ``Detections`` at a time, in order.
 
-        Takes and raises what ``predict`` does; images are decoded ahead in threads.
+        Takes and raises what ``predict`` does; images and frames are decoded ahead in threads. Detections of a frame
+        have its ``time`` and number; a video that breaks off raises after its last frame.
         """
         model = _AtPrecision(self, precision)
         for detections, _ in predict_ahead(

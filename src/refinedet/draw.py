@@ -9,6 +9,7 @@ import colorsys
 import csv
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def draw_boxes(
     scores: npt.ArrayLike | None = None,
     *,
     colors: Sequence[_Color] | None = None,
+    tracks: npt.ArrayLike | None = None,
     line_width: int | None = None,
     show_labels: bool = True,
     font: str | Path | None = None,
@@ -87,7 +89,8 @@ def draw_boxes(
         labels: (D,) class indices; one beyond ``class_names`` is written as a number.
         class_names: Name of each label.
         scores: (D,) values to write behind the names; also the order in which boxes lie above each other.
-        colors: Red, green and blue of each box; by default those of the labels.
+        colors: Red, green and blue of each box; by default those of the tracks, or of the labels.
+        tracks: (D,) numbers to write behind the names, such as those of objects in a video; negative ones are not.
         line_width: Thickness of the outlines in pixels; by default it follows the size of the image.
         show_labels: Whether names and scores are written.
         font: Font file for the names; by default one that has their letters (see ``fonts``).
@@ -110,8 +113,9 @@ def draw_boxes(
             + ("" if score_array is None else f", {len(score_array)} scores")
             + ": the numbers must be equal"
         )
+    track_list = None if tracks is None else np.asarray(tracks, dtype=np.int64).reshape(-1).tolist()
     if colors is None:
-        colors = [class_color(int(label)) for label in label_array]
+        colors = [class_color(max(0, number)) for number in (track_list or label_array.tolist())]
     elif len(colors) != len(box_array):
         raise UsageError(f"{len(box_array)} boxes but {len(colors)} colours: the numbers must be equal")
     if line_width is not None and line_width < 1:
@@ -126,6 +130,8 @@ def draw_boxes(
         canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
         box_array = box_array * factor
     names = [class_names[n] if 0 <= n < len(class_names) else f"class {n}" for n in label_array.tolist()]
+    if track_list is not None:
+        names = [name + (f" {n}" if n >= 0 else "") for name, n in zip(names, track_list, strict=True)]
     writer = _Labels(canvas, names, line_width, font) if show_labels else None
     line = line_width or _line_width(canvas)
     best_first = range(len(box_array)) if score_array is None else np.argsort(-score_array, kind="stable").tolist()
@@ -275,6 +281,15 @@ def write_image(path: Path, pixels: npt.NDArray[np.uint8], signature: str) -> No
             image.save(part, format="JPEG", quality=92, subsampling=0, comment=signature)
 
     write_atomically(path, write)
+
+
+def png_bytes(pixels: npt.NDArray[np.uint8], longest: int) -> bytes:
+    """(H, W, 3) uint8 RGB as a PNG file, made smaller if its longer side has more than ``longest`` pixels."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest, longest))
+    content = BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
 
 
 def read_curves(metrics: Path) -> dict[str, tuple[list[int], list[float]]]:

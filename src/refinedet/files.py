@@ -7,7 +7,7 @@ same call, and an existing file that this package did not write itself. Files ar
 * in a JSON object: as the value of its first key, ``generator``;
 * in a JSON list, which has no place for it: as a last line of white space (``LIST_MARK``), which JSON readers skip;
 * in a zip file: in the comment of the archive; in a .tar.gz: in the header of the gzip stream;
-* in an image: in the comment (JPEG) or in the text chunk "Software" (PNG);
+* in an image: in the comment (JPEG) or in the text chunk "Software" (PNG); in a video: in the comment;
 * in any other text (HTML, Markdown): in a comment within the first 200 bytes.
 
 An empty file holds nothing and may be replaced. A pipe, a character device and "-" (standard output) are written to as
@@ -117,8 +117,8 @@ def has_signature(path: Path, signature: str) -> bool:
         return re.match(rb'\{\s*"generator":\s*"' + re.escape(mark) + rb'"', head) is not None
     if head.startswith(b"PK"):
         return tail.endswith(mark)
-    if head.startswith((b"\xff\xd8", b"\x89PNG", b"\x1f\x8b")):
-        return mark in head
+    if head.startswith((b"\xff\xd8", b"\x89PNG", b"\x1f\x8b", b"\x1aE\xdf\xa3")) or head[4:8] == b"ftyp":
+        return mark in head + tail
     return mark in head[:200]
 
 

@@ -15,7 +15,7 @@ from refinedet.draw import SIGNATURE, write_image
 from refinedet.fetch import is_address
 from refinedet.files import has_signature, json_text
 from refinedet.pixels import Pixels
-from refinedet.text import printable
+from refinedet.text import clock, printable
 
 JSON_SIGNATURE = "detections written by refinedet"
 _LARGEST_JPEG_SIDE = 16_000
@@ -71,7 +71,10 @@ def _is_free(path: Path) -> bool:
 
 
 def paragraph(detections: Detections, name: str | None = None) -> str:
-    """Name, size and number of objects of an image, and below it, indented, its table."""
+    """Name, size and number of objects of an image, and below it, indented, its table; of a frame one line."""
+    if detections.time is not None:
+        objects = ", ".join(f"{number} {printable(one)}" for one, number in detections.counts.items())
+        return f"{printable(name or detections.source or 'video')}  {clock(detections.time)}  {objects or 'nothing'}"
     width, height = detections.image_size
     count = len(detections)
     heading = f"{printable(name or detections.source or 'image')}  {width}x{height}  {count} object{'s' * (count != 1)}"

@@ -1,27 +1,24 @@
-"""From what a user names (files, folders, patterns, addresses, images at hand) to batches of pixels.
+"""From what a user names (files, folders, patterns, addresses, videos, images at hand) to images, one by one.
 
-``find_images`` turns paths into files. ``decode_ahead`` decodes images in threads while the caller works on those that
-came before, and holds no more pixels at once than a bound. Prediction, the command line and evaluation all use it.
+``find_images`` turns paths into files, ``list_images`` turns any source into images; ``decoding.py`` reads them.
 """
 
 from __future__ import annotations
 
 import glob
-import itertools
 import logging
 import os
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from refinedet.errors import RefineDetError, UsageError
+from refinedet.errors import UsageError
 from refinedet.fetch import fetch, is_address
 from refinedet.files import user_path
 from refinedet.images import (
@@ -36,12 +33,7 @@ from refinedet.images import (
     read_image,
 )
 from refinedet.pixels import Pixels
-
-PIXELS_AHEAD = 64_000_000
-"""Pixels that are decoded or being decoded at once; a larger image is decoded alone."""
-DECODE_THREADS = 2
-
-ItemT = TypeVar("ItemT")
+from refinedet.video import Video, as_video
 
 
 @dataclass
@@ -62,7 +54,7 @@ class ImageFiles:
 
 
 def find_images(sources: Iterable[str | os.PathLike[str]], *, recursive: bool = False) -> ImageFiles:
-    """Files behind a list of files, folders, patterns and addresses, in the order given.
+    """Files behind a list of files, folders, patterns, addresses and numbers of cameras, in the order given.
 
     Of a folder the images directly inside are taken, or with ``recursive`` those of its subfolders too (hidden ones and
     links to folders left out), sorted by name; a pattern such as ``photos/**/*.png`` gives its images, sorted; ``**``
@@ -80,7 +72,9 @@ def find_images(sources: Iterable[str | os.PathLike[str]], *, recursive: bool = 
 
 
 def holds_many(source: object) -> bool:
-    """Whether a source stands for a list of images: a folder, a pattern, or anything that is not one image."""
+    """Whether a source stands for a list of images: a folder, a pattern, a video, or anything that is not one image."""
+    if as_video(source) is not None:
+        return True
     if not isinstance(source, (str, os.PathLike)):
         return not is_one_image(source)
     text = os.fspath(source)
@@ -92,6 +86,8 @@ def holds_many(source: object) -> bool:
 
 def _files_of(source: str | os.PathLike[str], passed_over: Counter[str], recursive: bool) -> list[str]:
     name = describe(source)
+    if isinstance(source, str) and as_video(source) is not None and (is_address(source) or source.isdigit()):
+        return [source]
     if isinstance(source, str) and is_address(source):
         if not source.lower().startswith(("http://", "https://")):
             raise UsageError(f"{name}: only http:// and https:// addresses are fetched; give a path for a local file")
@@ -205,20 +201,21 @@ class OneImage:
         return read_image(self.source, max_pixels=self.max_pixels, name=self.name)
 
 
-def list_images(source: object, *, max_pixels: int | None = None) -> Iterator[OneImage]:
-    """The images that a source stands for, one by one.
+def list_images(source: object, *, max_pixels: int | None = None) -> Iterator[OneImage | Video]:
+    """The images and videos that a source stands for, one by one.
 
     What is at hand (an open file, a Pillow image, an array, a tensor) is read when it is reached, before a generator is
     asked for the next one, which may close the file or fill the same array anew. The others are read later.
 
     Args:
-        source: whatever ``read_image`` takes, a folder, a pattern, or an iterable of these or of ``OneImage``.
+        source: whatever ``read_image`` or ``as_video`` takes, a folder, a pattern, or an iterable of these or of
+            ``OneImage``.
         max_pixels: as in ``read_image``.
 
     Raises:
         UsageError: something in it is no image, or a file that does not exist.
     """
-    if isinstance(source, (str, os.PathLike)) or is_one_image(source):
+    if isinstance(source, (str, os.PathLike)) or is_one_image(source) or as_video(source) is not None:
         yield from _images_in(source, describe(source), max_pixels, copy=False)
         return
     if not isinstance(source, Iterable) or isinstance(source, (Mapping, Set)):
@@ -239,13 +236,17 @@ def _kind(value: object) -> str:
 
 
 def _check_item(item: object, index: int) -> None:
-    if not is_one_image(item):
+    if not is_one_image(item) and as_video(item) is None:
         raise UsageError(f"item {index} of the list, {_kind(item)}, is no image: an image is {KINDS}")
 
 
-def _images_in(source: Any, name: str, max_pixels: int | None, *, copy: bool) -> Iterator[OneImage]:
-    if isinstance(source, OneImage):
+def _images_in(source: Any, name: str, max_pixels: int | None, *, copy: bool) -> Iterator[OneImage | Video]:
+    if isinstance(source, (OneImage, Video)):
         yield source
+    elif (video := as_video(source)) is not None:
+        if not isinstance(source, int):
+            _files_of(source, Counter(), recursive=False)  # refuses a path that leads nowhere
+        yield video
     elif isinstance(source, (str, os.PathLike)):
         passed_over: Counter[str] = Counter()
         for file in _files_of(source, passed_over, recursive=False):
@@ -262,139 +263,3 @@ def _images_in(source: Any, name: str, max_pixels: int | None, *, copy: bool) ->
         shared = copy and isinstance(source, np.ndarray) and np.shares_memory(pixels, source)
         opened = opened if isinstance(opened, str) else ""
         yield OneImage(pixels.copy() if shared else pixels, name, opened or None)
-
-
-@dataclass(frozen=True)
-class Decoded(Generic[ItemT]):
-    """One image that has come through ``decode_ahead``."""
-
-    item: ItemT
-    """What the caller gave."""
-    pixels: Pixels | None
-    """(H, W, 3) uint8 RGB; None if the image could not be read."""
-    error: RefineDetError | None = None
-    """Why it could not be read."""
-
-
-def decode_ahead(
-    items: Iterable[ItemT],
-    count: Callable[[ItemT], int],
-    read: Callable[[ItemT], Pixels],
-    *,
-    batch_size: int,
-    threads: int = DECODE_THREADS,
-    pixels_ahead: int | None = None,
-) -> Generator[list[Decoded[ItemT]], None, None]:
-    """Batches of decoded images in the order of ``items``; the next ones are decoded while the caller works.
-
-    A batch has fewer than ``batch_size`` images where more would exceed ``pixels_ahead``. An image that cannot be read
-    comes with its error and takes its place in the batch.
-
-    Args:
-        items: whatever ``count`` and ``read`` understand; taken one by one, only as far ahead as needed.
-        count: width times height of an item; called in a thread.
-        read: pixels of an item; called in a thread.
-        batch_size: largest number of images in a batch.
-        threads: that decode.
-        pixels_ahead: bound on the pixels that are held at once, the caller's batch included (clear it when it is
-            done); ``PIXELS_AHEAD`` if None. A larger image is decoded alone.
-
-    Raises:
-        UsageError: batch size or number of threads below 1.
-    """
-    for name, value in (("batch_size", batch_size), ("threads", threads)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
-    pipeline = _Pipeline(iter(items), count, read, batch_size, threads, pixels_ahead)
-    try:
-        while batch := pipeline.next_batch(batch_size):
-            yield batch
-    finally:
-        pipeline.pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Pipeline(Generic[ItemT]):
-    """Items whose pixels are being counted, then items that are being decoded, in order."""
-
-    def __init__(
-        self,
-        items: Iterator[ItemT],
-        count: Callable[[ItemT], int],
-        read: Callable[[ItemT], Pixels],
-        batch_size: int,
-        threads: int,
-        pixels_ahead: int | None,
-    ) -> None:
-        self._items = items
-        self._count, self._read = count, read
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._counting: deque[tuple[ItemT, Future[int]]] = deque()
-        self._decoding: deque[tuple[ItemT, int, Future[Pixels] | RefineDetError]] = deque()
-        self._longest, self._threads = batch_size + threads, threads
-        self._bound = PIXELS_AHEAD if pixels_ahead is None else pixels_ahead
-        self._held = 0
-        """Pixels that are decoded, being decoded, or in the caller's batch."""
-        self._in_batch = 0
-
-    def next_batch(self, size: int) -> list[Decoded[ItemT]]:
-        """The next images, at most ``size``; none when all are done. The batch before counts as given up."""
-        self._held -= self._in_batch
-        self._in_batch = 0
-        batch: list[Decoded[ItemT]] = []
-        while len(batch) < size:
-            self._fill()
-            if not self._decoding:
-                break
-            item, pixels, decoding = self._decoding.popleft()
-            self._in_batch += pixels
-            batch.append(_decoded(item, decoding))
-        self._fill(wait=True)
-        return batch
-
-    def _fill(self, *, wait: bool = False) -> None:
-        """Start what fits. Something is being decoded afterwards unless all is done or the batch takes all room.
-
-        With ``wait`` the sizes of the next images are waited for, so that threads have work while the caller works.
-        """
-        while len(self._decoding) < self._longest:
-            while len(self._counting) <= self._threads:
-                for item in itertools.islice(self._items, 1):
-                    self._counting.append((item, self.pool.submit(self._count, item)))
-                    break
-                else:
-                    break
-            if not self._counting:
-                return
-            item, counting = self._counting[0]
-            if self._decoding and not wait and not counting.done():
-                return
-            pixels, error = 0, None
-            try:
-                pixels = counting.result()
-            except RefineDetError as caught:
-                error = caught
-            if self._held and self._held + pixels > self._bound:
-                return
-            self._counting.popleft()
-            self._held += pixels
-            # A very large image is alone anyway; in this thread its memory is used again for the next of its kind.
-            run = self.pool.submit if pixels <= self._bound else _run_here
-            self._decoding.append((item, pixels, error or run(self._read, item)))
-
-
-def _run_here(read: Callable[[ItemT], Pixels], item: ItemT) -> Future[Pixels] | RefineDetError:
-    future: Future[Pixels] = Future()
-    try:
-        future.set_result(read(item))
-    except RefineDetError as error:
-        return error
-    return future
-
-
-def _decoded(item: ItemT, decoding: Future[Pixels] | RefineDetError) -> Decoded[ItemT]:
-    if isinstance(decoding, RefineDetError):
-        return Decoded(item, None, decoding)
-    try:
-        return Decoded(item, decoding.result())
-    except RefineDetError as error:
-        return Decoded(item, None, error)

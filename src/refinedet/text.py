@@ -49,3 +49,15 @@ def reason(error: Exception, most: int) -> str:
         ('first second', 'OSError')
     """
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def clock(seconds: float) -> str:
+    """A time as text.
+
+    Example:
+        >>> clock(3661.5)
+        '1:01:01.500'
+    """
+    thousandths = round(1000 * seconds)
+    minutes, rest = divmod(thousandths, 60_000)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest // 1000:02d}.{rest % 1000:03d}"

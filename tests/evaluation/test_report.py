@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from refinedet import sources
+from refinedet import decoding
 from refinedet.config import ModelConfig
 from refinedet.data.layouts import open_dataset
 from refinedet.data.records import DetectionDataset, Record
@@ -449,7 +449,7 @@ def test_decoding_stays_a_few_batches_ahead() -> None:
 
 def test_large_images_are_held_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pixels held are bounded, not images: batches shrink, and none is decoded ahead."""
-    monkeypatch.setattr(sources, "PIXELS_AHEAD", 100)
+    monkeypatch.setattr(decoding, "PIXELS_AHEAD", 100)
     one = Record(
         Path("none.jpg"), "none", 8, 8, np.array([[0, 0, 8, 8]], np.float32), np.zeros(1, np.int64),
         np.zeros(1, bool), np.zeros(1, bool), np.array([64], np.float32),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ import tyro
 
 from refinedet.config import TrainConfig
 from refinedet.errors import UsageError
+from refinedet.video import Video, as_video
 
 VERBS: dict[str, Callable[..., int]] = {}
 """The verbs by name, in the order of the overview."""
@@ -59,7 +60,8 @@ class Results:
     """Where the results of a prediction go."""
 
     save: OptionalFolder = None
-    """Folder for copies with the boxes drawn on; the originals are never touched."""
+    """Folder for copies with the boxes drawn on, or a .mp4, .mov or .mkv file for that of a video; the originals are
+    never touched."""
     json: OptionalFile = None
     """File for the detections as JSON, written at the end; '-' is standard output, without the table."""
     json_format: Literal["refinedet", "coco"] = "refinedet"
@@ -68,7 +70,7 @@ class Results:
     """COCO annotation file from which COCO results take the image ids, by file name (default: the numbers in the file
     names, or 1, 2, 3, ... in the order of the images)."""
     jsonl: OptionalFile = None
-    """File for the detections as JSON Lines: one line per image, written as soon as it is done; '-' is
+    """File for the detections as JSON Lines: one line per image or frame, written as soon as it is done; '-' is
     standard output, without the table."""
     save_labels: tyro.conf.DisallowNone[Annotated[Literal["voc", "coco", "yolo"] | None, flag("{voc,coco,yolo}")]] = (
         None
@@ -78,6 +80,46 @@ class Results:
     """New or empty folder for the label files."""
     rank: OptionalFile = None
     """CSV file for the images in the order in which to label them: most uncertain first."""
+
+
+@dataclass(frozen=True)
+class Videos:
+    """How videos, streams and cameras among the sources are read."""
+
+    every: int = 1
+    """Of a video: take every so many frames."""
+    start: OptionalText = None
+    """Of a video: where to begin, as seconds or as [hours:]minutes:seconds."""
+    end: OptionalText = None
+    """Of a video: where to stop."""
+    video: Switch = False
+    """Every source is a video, also an address whose ending does not tell."""
+
+    def given(self) -> list[str]:
+        """The flags that were set."""
+        return [f"--{field.name}" for field in fields(self) if getattr(self, field.name) != field.default]
+
+    def of(self, source: str) -> Video | None:
+        """The video that a source stands for, read as these flags say; None if it is no video.
+
+        Raises:
+            UsageError: a flag that is no time, or out of its range.
+        """
+        video = Video(source) if self.video and as_video(source) is None else as_video(source)
+        if video is None:
+            return None
+        check_at_least("--every", self.every)
+        start, end = _seconds("--start", self.start), _seconds("--end", self.end)
+        return replace(video, every=self.every, start=start or 0.0, end=end)
+
+
+def _seconds(name: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    parts = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", text)
+    if parts is None:
+        raise UsageError(f"{name} must be seconds or [hours:]minutes:seconds, such as 90 or 1:30, not '{text}'")
+    return 3600 * int(parts[1] or 0) + 60 * int(parts[2] or 0) + float(parts[3])
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ from refinedet.outputs import (
 )
 from refinedet.pixels import Pixels
 from refinedet.ranking import HEADER, Rank, rank, rank_csv
+from refinedet.recording import DrawnVideos, is_video_output
+from refinedet.video import Video
 
 RANK_SIGNATURE = ",".join(HEADER)
 """The first line of a table of ranks, by which it is recognised."""
@@ -60,18 +62,22 @@ class PredictionOutputs:
         files: The images, all of them.
         results: What is wanted.
         drawing: How drawn copies look.
+        videos: The videos, streams and cameras.
 
     Raises:
-        UsageError: an output may not be replaced, the annotation file does not list an image, or a font is none.
+        UsageError: an output may not be replaced, the annotation file does not list an image, a font is none, or an
+            output is none for videos.
         RefineDetError: an output cannot be written.
     """
 
-    def __init__(self, files: Sequence[str], results: Results, drawing: Drawing) -> None:
+    def __init__(self, files: Sequence[str], results: Results, drawing: Drawing, videos: Sequence[Video] = ()) -> None:
         coco = results.json_format == "coco"
         if results.coco_images is not None and not coco:
             raise UsageError("--coco-images says the ids of COCO results: it goes with --json-format coco")
         annotations = None if results.coco_images is None else user_path(results.coco_images)
         inputs: list[str | Path] = [*files, *([annotations] if annotations is not None else [])]
+        inputs += [video.path for video in videos]
+        _check_outputs_of(videos, results)
         wanted = (results.json, JSON_SIGNATURE), (results.jsonl, JSON_SIGNATURE), (results.rank, RANK_SIGNATURE)
         paths = [None if path is None else user_path(path) for path, _ in wanted]
         for path, (_, signature) in zip(paths, wanted, strict=True):
@@ -85,12 +91,12 @@ class PredictionOutputs:
         if coco:
             ids = coco_image_ids(files) if annotations is None else image_ids_of(files, annotations)
             self._image_ids = dict(zip(files, ids, strict=True))
-        folder = None if results.save is None else check_output_folder(user_path(results.save), ours=SIGNATURE)
-        self._copies = None if folder is None else DrawnCopies(folder, files)
         self._look = checked_look(drawing)
+        self._copies, self._videos = _drawn(results.save, files, videos, self._look)
         self._layout, self._labels_folder = results.save_labels, user_path(results.labels_out)
         self._labels: LabelFolder | None = None
         self._images, self._files = 0, files
+        self._total = f"{len(files)} images" if not videos else "an unknown number of images and frames"
         self._kept: list[Detections] = []
         self._ranks: list[Rank] = []
         self._threshold: float | None = None
@@ -101,7 +107,7 @@ class PredictionOutputs:
     @property
     def _is_kept(self) -> bool:
         """Whether anything is kept beside what standard output shows."""
-        return any((self._json, self._jsonl, self._copies, self._layout, self._rank))
+        return any((self._json, self._jsonl, self._copies, self._videos, self._layout, self._rank))
 
     def lowest_score(self, threshold: float) -> float | None:
         """The threshold of the detections that ``add`` wants: the images are ranked by all of them."""
@@ -148,7 +154,7 @@ class PredictionOutputs:
                     self._finish(model, detector, threshold)
                 if isinstance(error, KeyboardInterrupt):
                     kept = "; their results are saved" if self._is_kept else ""
-                    error.args = (f"{self.count} of {len(self._files)} images were done{kept}",)
+                    error.args = (f"{self.count} of {self._total} were done{kept}",)
                 raise
             self._finish(model, detector, threshold)
         if self._broken is not None and not isinstance(self._broken, BrokenPipeError):
@@ -166,7 +172,10 @@ class PredictionOutputs:
         detections = detections.filter(threshold=self._threshold)
         if table:
             self._show(paragraph(detections))
-        if self._copies is not None:
+        if detections.time is not None:
+            if self._videos is not None:
+                self._videos.write(detections, pixels)
+        elif self._copies is not None:
             self._copies.write(detections.source, detections.draw(pixels, **self._look))
         if self._jsonl is not None:
             self._jsonl.write(detections.to_dict())
@@ -197,6 +206,9 @@ class PredictionOutputs:
 
     def _finish(self, model: str, detector: Detector, threshold: float) -> None:
         outputs: list[str] = []
+        if self._videos is not None:
+            self._videos.close()
+            outputs += [f"drawn: {path}" for path in self._videos.written]
         if self._copies is not None and self._copies.written:
             written = self._copies.written
             outputs.append(f"drawn: {written} image{'s' * (written != 1)} in {self._copies.folder}")
@@ -218,6 +230,40 @@ class PredictionOutputs:
             outputs.append(f"json: {self._json}")
         for line in outputs if not self.uses_standard_output else ():
             self._show(line)
+
+
+def _check_outputs_of(videos: Sequence[Video], results: Results) -> None:
+    """Refuse outputs that are none for videos.
+
+    Raises:
+        UsageError: label files, ranks or COCO results of frames, or JSON of what may never end.
+    """
+    if not videos:
+        return
+    for name, wanted in (
+        ("--save-labels", results.save_labels is not None),
+        ("--rank", results.rank is not None),
+        ("--json-format coco", results.json_format == "coco"),
+    ):
+        if wanted:
+            raise UsageError(f"{videos[0].name}: {name} is for images; the frames of a video go into --jsonl")
+    if results.json is not None and any(video.is_live for video in videos):
+        raise UsageError(f"{videos[0].name}: --json is written at the end; use --jsonl for a stream or camera")
+
+
+def _drawn(
+    target: Path | None, files: Sequence[str], videos: Sequence[Video], look: dict[str, Any]
+) -> tuple[DrawnCopies | None, DrawnVideos | None]:
+    """What takes the drawn copies of images and of videos, as far as there are any."""
+    if target is None:
+        return None, None
+    target = user_path(target)
+    if videos and not files:
+        return None, DrawnVideos(target, videos, look, say=note)
+    if is_video_output(target) and not target.is_dir():
+        raise UsageError(f"{target}: is the name of a video; give a folder for the copies of images")
+    folder = check_output_folder(target, ours=SIGNATURE)
+    return DrawnCopies(folder, files), DrawnVideos(folder, videos, look, say=note) if videos else None
 
 
 class JsonLines:

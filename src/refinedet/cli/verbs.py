@@ -22,6 +22,7 @@ from refinedet.cli.flags import (
     Results,
     Run,
     Switch,
+    Videos,
     Weights,
     check_at_least,
     check_share,
@@ -33,6 +34,7 @@ from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.errors import UsageError
 from refinedet.files import check_output, user_path
 from refinedet.progress import ProgressBar
+from refinedet.video import Video
 
 if TYPE_CHECKING:
     from refinedet.data import DetectionDataset
@@ -192,24 +194,27 @@ def predict(
     threshold: float = DEFAULT_THRESHOLD,
     results: Annotated[Results, Flat] = Results(),  # noqa: B008 - frozen
     drawing: Annotated[Drawing, Flat] = Drawing(),  # noqa: B008
+    videos: Annotated[Videos, Flat] = Videos(),  # noqa: B008
     recursive: Switch = False,
     quiet: Switch = False,
     batch_size: int = 8,
     max_pixels: OptionalCount = None,
     device: Device = "auto",
 ) -> int:
-    """Detect objects in images: a table, drawn copies, JSON, label files.
+    """Detect objects in images and videos: a table, drawn copies, JSON, label files.
 
     An image that cannot be read is reported in one line, the others are processed all the same, and the exit code is 1.
-    A run that is stopped keeps the results that it has.
+    A video that breaks off keeps what came before. A run that is stopped keeps the results that it has.
 
     Args:
         weights: A bundled model (`refinedet models`), an exported file, a run folder, a folder of weights, or
             hf:owner/name.
-        images: Files, folders and quoted patterns such as 'photos/*.jpg'.
+        images: Files, folders and quoted patterns such as 'photos/*.jpg'; videos, addresses of streams, and the number
+            of a camera.
         threshold: Keep detections that score at least this.
         results: Where they go.
         drawing: How boxes look.
+        videos: How videos are read.
         recursive: Search the subfolders of folders too.
         quiet: Print no tables, only errors and where the results are.
         batch_size: Images that go through the network at once.
@@ -228,16 +233,22 @@ def predict(
     chosen = find_images(images, recursive=recursive)
     if passed_over := chosen.note():
         note(passed_over)
-    outputs = PredictionOutputs(chosen.files, results, drawing)
+    sources = [videos.of(file) or file for file in chosen.files]
+    moving = [source for source in sources if isinstance(source, Video)]
+    if videos.given() and not moving:
+        raise UsageError(f"{videos.given()[0]} is for videos, and none of the sources is one")
+    outputs = PredictionOutputs([file for file in sources if isinstance(file, str)], results, drawing, moving)
 
     from refinedet.loading import load_detector
     from refinedet.prediction import predict_ahead
 
     detector = load_detector(weights, device=device)
-    with ProgressBar("predicting", len(chosen.files)) as bar, outputs.open(weights, detector, threshold):
+    lengths = [source.length() if isinstance(source, Video) else 1 for source in sources]
+    total = None if None in lengths else sum(length or 0 for length in lengths)
+    with ProgressBar("predicting", total) as bar, outputs.open(weights, detector, threshold):
         found = predict_ahead(
             detector,
-            chosen.files,
+            sources,
             threshold=outputs.lowest_score(threshold),
             batch_size=batch_size,
             max_pixels=max_pixels,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from refinedet.data import DetectionDataset, list_splits, open_dataset
+from refinedet.decoding import decode_ahead
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.detector import Detector
 from refinedet.evaluation.metrics import coco_average_precision, voc_result
@@ -26,7 +27,6 @@ from refinedet.evaluation.report import METRICS, Metric, Report, data_name
 from refinedet.evaluation.run_data import RunData, find_run
 from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.evaluation.sharing import check_class_names, share_classes
-from refinedet.sources import decode_ahead
 from refinedet.text import printable
 from refinedet.training.data_check import require_few_repairs
 
