@@ -74,7 +74,9 @@ def paragraph(detections: Detections, name: str | None = None) -> str:
     """Name, size and number of objects of an image, and below it, indented, its table; of a frame one line."""
     if detections.time is not None:
         objects = ", ".join(f"{number} {printable(one)}" for one, number in detections.counts.items())
-        return f"{printable(name or detections.source or 'video')}  {clock(detections.time)}  {objects or 'nothing'}"
+        numbers = "" if detections.track_ids is None else ", ".join(str(n) for n in detections.track_ids if n >= 0)
+        objects = (objects or "nothing") + (f"  (tracks {numbers})" if numbers else "")
+        return f"{printable(name or detections.source or 'video')}  {clock(detections.time)}  {objects}"
     width, height = detections.image_size
     count = len(detections)
     heading = f"{printable(name or detections.source or 'image')}  {width}x{height}  {count} object{'s' * (count != 1)}"

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +110,14 @@ class Video:
         text = os.fsdecode(self.source) if not isinstance(self.source, int) else str(self.source)
         return text if is_address(text) else str(user_path(text))
 
+    def require(self) -> None:
+        """Find out whether the package that reads it is installed.
+
+        Raises:
+            UsageError: it is not.
+        """
+        _opencv(self.name) if isinstance(self.source, int) else pyav(self.name)
+
     def open(self) -> Any:
         """PyAV's container of a file or address.
 
@@ -178,7 +186,8 @@ class Video:
             stream.thread_type = "AUTO"
             origin = None if self.is_live else start_of(container)
             if self.start and origin is not None:
-                _seek(container, origin + self.start)
+                with suppress(OSError):  # a pipe, or a file without an index: all frames before are decoded
+                    container.seek(max(0, math.floor(1_000_000 * (origin + self.start))))
             seconds, damaged, step = -1.0, 0, 1 / float(stream.average_rate or 25)
             try:
                 for packet in container.demux(stream):
@@ -205,11 +214,7 @@ class Video:
                 raise RefineDetError(f"{self.name}: {damaged} of its packets are damaged and were left out")
 
     def _camera_frames(self) -> Generator[tuple[Any, float], None, None]:
-        try:
-            import cv2
-        except ImportError:
-            raise UsageError(f"{self.name}: cameras need OpenCV: pip install opencv-python") from None
-        capture = cv2.VideoCapture(_camera(self.source))
+        capture = _opencv(self.name).VideoCapture(_camera(self.source))
         try:
             if not capture.isOpened():
                 raise RefineDetError(f"{self.name}: there is no such camera, or another program uses it")
@@ -343,14 +348,6 @@ def start_of(container: Any) -> float | None:
     return None if container.start_time is None else container.start_time / 1_000_000
 
 
-def _seek(container: Any, seconds: float) -> None:
-    """Go to the last frame before a time from which decoding can start."""
-    try:
-        container.seek(max(0, math.floor(1_000_000 * seconds)))
-    except OSError:  # a pipe, or a file without an index: all frames before are decoded
-        return
-
-
 def _seconds(container: Any, stream: Any) -> float | None:
     """How long a video says it is."""
     if stream.duration is not None and stream.time_base is not None:
@@ -378,6 +375,14 @@ def _too_large(name: str, width: int, height: int, limit: int) -> str:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or reason(error, 200)
+
+
+def _opencv(name: str) -> Any:
+    try:
+        import cv2
+    except ImportError:
+        raise UsageError(f"{name}: cameras need OpenCV: pip install opencv-python") from None
+    return cv2
 
 
 def pyav(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,20 @@ def test_times() -> None:
     video = Videos(video=True, every=2).of("http://camera/stream")
     assert video is not None
     assert video.every == 2
+
+
+def test_objects_are_numbered(stub: Any, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trackers")
+    result = tmp_path / "r.jsonl"
+    call = ["predict", "stub", str(clip), "--track", "--jsonl", str(result), "--save", str(tmp_path / "out.mp4")]
+    assert cli.main(call) == 0
+    tracks = [[item["track"] for item in row["detections"]] for row in lines(result)]
+    assert tracks == [[-1], *[[1]] * 11]
+    assert "0:00:00.300  1 dog  (tracks 1)\n" in capsys.readouterr().out
+
+
+def test_tracking_without_its_package(stub: Any, clip: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    assert "pip install 'refinedet[track]'" in refused(["predict", "stub", clip, "--track"])
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "clip.mp4: videos need PyAV: pip install 'refinedet[video]'" in refused(["predict", "stub", clip])

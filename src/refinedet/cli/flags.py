@@ -94,6 +94,8 @@ class Videos:
     """Of a video: where to stop."""
     video: Switch = False
     """Every source is a video, also an address whose ending does not tell."""
+    track: Switch = False
+    """Of a video: follow objects over the frames and number them."""
 
     def given(self) -> list[str]:
         """The flags that were set."""
@@ -109,6 +111,7 @@ class Videos:
         if video is None:
             return None
         check_at_least("--every", self.every)
+        video.require()
         start, end = _seconds("--start", self.start), _seconds("--end", self.end)
         return replace(video, every=self.every, start=start or 0.0, end=end)
 

@@ -42,6 +42,7 @@ from refinedet.outputs import (
 from refinedet.pixels import Pixels
 from refinedet.ranking import HEADER, Rank, rank, rank_csv
 from refinedet.recording import DrawnVideos, is_video_output
+from refinedet.tracking import LOWEST_SCORE, ObjectTracker
 from refinedet.video import Video
 
 RANK_SIGNATURE = ",".join(HEADER)
@@ -63,6 +64,7 @@ class PredictionOutputs:
         results: What is wanted.
         drawing: How drawn copies look.
         videos: The videos, streams and cameras.
+        tracker: What numbers their objects, if anything does.
 
     Raises:
         UsageError: an output may not be replaced, the annotation file does not list an image, a font is none, or an
@@ -70,7 +72,10 @@ class PredictionOutputs:
         RefineDetError: an output cannot be written.
     """
 
-    def __init__(self, files: Sequence[str], results: Results, drawing: Drawing, videos: Sequence[Video] = ()) -> None:
+    def __init__(
+        self, files: Sequence[str], results: Results, drawing: Drawing, videos: Sequence[Video] = (),
+        tracker: ObjectTracker | None = None,
+    ) -> None:  # fmt: skip
         coco = results.json_format == "coco"
         if results.coco_images is not None and not coco:
             raise UsageError("--coco-images says the ids of COCO results: it goes with --json-format coco")
@@ -91,6 +96,7 @@ class PredictionOutputs:
         if coco:
             ids = coco_image_ids(files) if annotations is None else image_ids_of(files, annotations)
             self._image_ids = dict(zip(files, ids, strict=True))
+        self._tracker = tracker
         self._look = checked_look(drawing)
         self._copies, self._videos = _drawn(results.save, files, videos, self._look)
         self._layout, self._labels_folder = results.save_labels, user_path(results.labels_out)
@@ -110,8 +116,10 @@ class PredictionOutputs:
         return any((self._json, self._jsonl, self._copies, self._videos, self._layout, self._rank))
 
     def lowest_score(self, threshold: float) -> float | None:
-        """The threshold of the detections that ``add`` wants: the images are ranked by all of them."""
-        return threshold if self._rank is None else None
+        """The threshold of the detections that ``add`` wants: images are ranked by all, tracks use uncertain ones."""
+        if self._rank is not None:
+            return None
+        return threshold if self._tracker is None else min(threshold, LOWEST_SCORE)
 
     @property
     def uses_standard_output(self) -> bool:
@@ -169,6 +177,8 @@ class PredictionOutputs:
         """
         if self._rank is not None:
             self._ranks.append(rank(detections))
+        if self._tracker is not None:
+            detections = self._tracker.update(detections)
         detections = detections.filter(threshold=self._threshold)
         if table:
             self._show(paragraph(detections))

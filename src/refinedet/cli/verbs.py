@@ -228,6 +228,7 @@ def predict(
 
     from refinedet.cli.prediction import PredictionOutputs
     from refinedet.sources import find_images
+    from refinedet.tracking import ObjectTracker
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
     chosen = find_images(images, recursive=recursive)
@@ -237,7 +238,8 @@ def predict(
     moving = [source for source in sources if isinstance(source, Video)]
     if videos.given() and not moving:
         raise UsageError(f"{videos.given()[0]} is for videos, and none of the sources is one")
-    outputs = PredictionOutputs([file for file in sources if isinstance(file, str)], results, drawing, moving)
+    tracker = ObjectTracker(threshold) if videos.track else None
+    outputs = PredictionOutputs([file for file in sources if isinstance(file, str)], results, drawing, moving, tracker)
 
     from refinedet.loading import load_detector
     from refinedet.prediction import predict_ahead
