@@ -21,6 +21,7 @@ MANY_PARAMETERS = {
     # The public calls: each parameter has a default and is passed by its name.
     "training/train.py": {"train", "resume"},
     "evaluation/evaluate.py": {"evaluate", "collect_detections"},
+    "bulk/results.py": {"evaluate_batch"},
     "bulk/run.py": {"batch"},
     "deploy/export.py": {"export"},
     "draw.py": {"draw_boxes"},

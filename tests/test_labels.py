@@ -36,10 +36,10 @@ def test_voc_by_hand() -> None:
     assert "<name>dog &amp; &lt;co&gt;</name>" in text
     assert "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>40</ymax></bndbox>" in text
     assert "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>100</xmax><ymax>80</ymax></bndbox>" in text
-    # What is thinner than a pixel covers the pixel that it lies on, also at the edge of the image.
+    # What is thinner than a pixel covers two, also at the edge of the image: xmin equal to xmax is read as no area.
     thin = voc_text(found("a.jpg", [[99.8, 79.9, 100, 80]]), "a.jpg")
     assert all(f"<{tag}>{value}</{tag}>" in thin for tag, value in
-               (("xmin", 100), ("ymin", 80), ("xmax", 100), ("ymax", 80)))  # fmt: skip
+               (("xmin", 99), ("ymin", 79), ("xmax", 100), ("ymax", 80)))  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["coco", "voc", "yolo"])

@@ -139,14 +139,15 @@ def _append(stream: IO[bytes], item: dict[str, Any]) -> None:
 
 
 def voc_text(found: Detections, file_name: str) -> str:
-    """The annotation file of one image in Pascal VOC's layout; a box covers at least one pixel."""
+    """The annotation file of one image in Pascal VOC's layout; a box is at least two pixels wide and high."""
     width, height = found.image_size
     root = ElementTree.Element("annotation")
     root.append(ElementTree.Comment(f" {SIGNATURE} "))
     ElementTree.SubElement(root, "filename").text = file_name
     _elements(ElementTree.SubElement(root, "size"), {"width": width, "height": height, "depth": 3})
-    first = np.minimum(np.rint(found.boxes[:, :2]).astype(int) + 1, [width, height])
-    last = np.maximum(np.rint(found.boxes[:, 2:]).astype(int), first)
+    # Where first and last pixel are the same, readers of this layout see a box without an area.
+    first = np.clip(np.rint(found.boxes[:, :2]).astype(int) + 1, 1, np.maximum([width - 1, height - 1], 1))
+    last = np.maximum(np.rint(found.boxes[:, 2:]).astype(int), np.minimum(first + 1, [width, height]))
     for name, start, end in zip(found.names, first.tolist(), last.tolist(), strict=True):
         item = ElementTree.SubElement(root, "object")
         _elements(item, {"name": name, "truncated": 0, "difficult": 0})

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from refinedet import RefineDet
-from refinedet.bulk.worker import WorkerSettings
+from refinedet.bulk import run
+from refinedet.bulk.worker import Worker, WorkerSettings
 from refinedet.config import ModelConfig
 
 
@@ -23,3 +26,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tiny: Path) -> WorkerSettings:
     return WorkerSettings(str(tiny), "digest", "cpu", threads=1, threshold=0.1, batch_size=2, max_pixels=None)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Tasks are done here, without worker processes; returns the tasks as they come."""
+    came: list[list[str]] = []
+
+    def run_here(settings: Any, tasks: Iterator[list[str]], devices: list[str]) -> Iterator[Any]:
+        worker = None
+        for task in tasks:
+            came.append(task)
+            worker = worker or Worker(settings)
+            yield worker.detect(task)
+
+    monkeypatch.setattr(run, "run_local", run_here)
+    return came

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from refinedet import batch, cli, read_batch
-from refinedet.bulk import run
 from refinedet.bulk.run import list_paths
-from refinedet.bulk.worker import Worker
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.locks import lock_folder
 
@@ -32,22 +30,6 @@ def photos(tmp_path: Path) -> Path:
         (folder / ("deep" if index % 2 else ".") / f"{index}.jpg").symlink_to(EXAMPLES / PHOTOS[index % 3])
     (folder / "3x.jpg").write_bytes(b"broken")
     return folder
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Tasks are done here, without worker processes; returns the tasks as they come."""
-    came: list[list[str]] = []
-
-    def run_here(settings: Any, tasks: Iterator[list[str]], devices: list[str]) -> Iterator[Any]:
-        worker = None
-        for task in tasks:
-            came.append(task)
-            worker = worker or Worker(settings)
-            yield worker.detect(task)
-
-    monkeypatch.setattr(run, "run_local", run_here)
-    return came
 
 
 def sorted_rows(folder: Path) -> Any:

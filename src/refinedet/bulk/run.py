@@ -143,7 +143,8 @@ def _collect(folder: PartFolder, tables: Iterator[Any], images: int, on_progress
             if on_progress is not None:
                 on_progress(folder.done, total)
     except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(f"{folder.done} of {total} images are done; the same command goes on") from None
+        interrupt.args = (f"{folder.done} of {total} images are done; the same command goes on",)
+        raise
     finally:
         folder.close(complete=folder.done == total)
     seconds = time.monotonic() - began

@@ -12,6 +12,7 @@ import tyro
 from refinedet.cli.flags import Device, OptionalCount, Weights, check_at_least, check_share, flag, verb
 from refinedet.cli.terminal import note, say, terminable
 from refinedet.config import DEFAULT_THRESHOLD
+from refinedet.files import user_path
 from refinedet.progress import ProgressBar
 
 
@@ -28,6 +29,8 @@ def batch(
     batch_size: int = 16,
     rows_per_part: int = 10_000,
     max_pixels: OptionalCount = None,
+    to: tyro.conf.DisallowNone[Annotated[Literal["voc", "coco", "yolo"] | None, flag("{voc,coco,yolo}")]] = None,
+    labels_out: Annotated[Path, flag("FOLDER", None)] = Path("labels"),
     device: Device = "auto",
 ) -> int:
     """Detect objects in any number of images: Parquet files, resumable.
@@ -47,6 +50,8 @@ def batch(
         batch_size: Images that go through the network at once.
         rows_per_part: Images of a Parquet file, about; fewer where they take more than five minutes.
         max_pixels: Largest width times height of an image that is read (default: 178,956,970).
+        to: Write the detections as label files too, when all images are done.
+        labels_out: New or empty folder for the label files.
         device: cpu, cuda (all GPUs), mps, or auto (GPUs if there are any).
     """
     for name, value in (("--batch-size", batch_size), ("--workers", workers), ("--rows-per-part", rows_per_part),
@@ -54,7 +59,13 @@ def batch(
         check_at_least(name, value)
     check_share("--threshold", threshold)
 
+    from refinedet.bulk.results import write_labels
     from refinedet.bulk.run import batch as run
+    from refinedet.labels import LabelFolder
+
+    labels = user_path(labels_out)
+    if to is not None:
+        LabelFolder(labels, to, (), ())  # finds out before the work starts whether they may be written there
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminable())
@@ -75,6 +86,8 @@ def batch(
         note(f"error: {error}")
     speed = f", {result.new / result.seconds:.1f} images/s" if result.new else ""
     say(f"{result.images} images in {result.folder}: {result.new} new{speed}, {result.failed} failed")
+    if to is not None:
+        say(f"labels of {write_labels(result.folder, to, labels)} images: {labels}")
     return 1 if result.failed else 0
 
 

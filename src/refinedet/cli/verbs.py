@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from refinedet.data import DetectionDataset
     from refinedet.detector import RefineDet
     from refinedet.evaluation.detector import Detector
-    from refinedet.evaluation.report import Metric
+    from refinedet.evaluation.report import Metric, Report
     from refinedet.runtime import Runtime
 
 
@@ -56,6 +56,7 @@ def evaluate(
     multi_scale: Switch = False,
     shared_classes: Switch = False,
     submission: OptionalFile = None,
+    detections: OptionalFolder = None,
     limit: OptionalCount = None,
     batch_size: int = 8,
     allow_outside: Switch = False,
@@ -80,6 +81,8 @@ def evaluate(
             names are matched).
         submission: File of results for the server of Pascal VOC (.zip, .tar.gz) or COCO (.zip, .json); DATA may lack
             annotations.
+        detections: Folder of 'refinedet batch' whose detections are measured; WEIGHTS is left out then:
+            'refinedet evaluate DATA --detections found'.
         limit: Only the first so many images.
         batch_size: Images that go through the network at once.
         allow_outside: Entries of annotation files and lists may name images outside the folder of the data.
@@ -90,10 +93,13 @@ def evaluate(
 
     from refinedet.evaluation import evaluate as evaluation
     from refinedet.evaluation.multiscale import MultiScale
-    from refinedet.evaluation.page import write_page
     from refinedet.evaluation.report import check_report_folder
 
     figure = None if metric is None else evaluation.check_metric(metric)
+    if detections is not None:
+        if data is not None or multi_scale or submission is not None:
+            raise UsageError("--detections takes DATA alone, without WEIGHTS, --multi-scale and --submission")
+        data = weights
     path = None if data is None else user_path(data)
     report_folder = None if report is None else user_path(report)
     if report_folder is not None:
@@ -107,25 +113,33 @@ def evaluate(
         server: Literal["voc", "coco"] = "coco" if figure == "coco" else "voc"
         runner = MultiScale(detector, server, batch_size=batch_size) if multi_scale else detector
         return _submit(user_path(submission), runner, dataset, figure or "voc07", limit, batch_size)
-    with ProgressBar("evaluating") as bar:
-        measured = evaluation.evaluate(
-            weights,
-            path,
-            split=split,
-            metric=figure,
-            limit=limit,
-            batch_size=batch_size,
-            multi_scale=multi_scale,
-            shared_classes=shared_classes,
-            device=device,
-            allow_outside=allow_outside,
-            on_progress=bar,
-        )
-    say(f"{measured.table()}\n{measured.settings.seconds_per_image:.3f} s per image\nmAP {100 * measured['mAP']:.2f}")
+    common: dict[str, Any] = {
+        "split": split, "limit": limit, "shared_classes": shared_classes, "allow_outside": allow_outside
+    }  # fmt: skip
+    if detections is not None:
+        from refinedet.bulk.results import evaluate_batch
+
+        measured = evaluate_batch(user_path(detections), weights, metric=figure or "voc07", **common)
+    else:
+        with ProgressBar("evaluating") as bar:
+            measured = evaluation.evaluate(
+                weights, path, metric=figure, batch_size=batch_size, multi_scale=multi_scale, device=device,
+                on_progress=bar, **common,
+            )  # fmt: skip
+    _show(measured, report_folder)
+    return 0
+
+
+def _show(measured: Report, report_folder: Path | None) -> None:
+    """Print a report, and save it with its page."""
+    from refinedet.evaluation.page import write_page
+
+    seconds = measured.settings.seconds_per_image
+    speed = "" if seconds is None else f"{seconds:.3f} s per image\n"
+    say(f"{measured.table()}\n{speed}mAP {100 * measured['mAP']:.2f}")
     if report_folder is not None:
         page = write_page(measured, measured.save(report_folder), metrics_csv=_log_of_run(measured.settings.run))
         say(f"report: {report_folder}  (see {page})")
-    return 0
 
 
 def _open_for_server(

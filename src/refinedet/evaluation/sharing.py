@@ -45,14 +45,14 @@ class SharedClasses:
         self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None
     ) -> list[Detections]:
         """Those detections of the model that are of a shared class."""
-        kept = np.flatnonzero(self.new_label >= 0).tolist()
-        of_shared = [
-            detections.filter(labels=kept) for detections in self.detector.predict_arrays(images, threshold=threshold)
-        ]
         return [
-            replace(detections, labels=self.new_label[detections.labels], class_names=self.class_names)
-            for detections in of_shared
+            self.only_shared(detections) for detections in self.detector.predict_arrays(images, threshold=threshold)
         ]
+
+    def only_shared(self, detections: Detections) -> Detections:
+        """Those of the model's detections that are of a shared class, with the labels of the data."""
+        kept = detections.filter(labels=np.flatnonzero(self.new_label >= 0).tolist())
+        return replace(kept, labels=self.new_label[kept.labels], class_names=self.class_names)
 
 
 def share_classes(model: Detector, dataset: DetectionDataset) -> SharedClasses:
