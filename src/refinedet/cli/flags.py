@@ -7,13 +7,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from refinedet.config import TrainConfig
 from refinedet.errors import UsageError
-from refinedet.video import Video, as_video
+
+if TYPE_CHECKING:
+    from refinedet.video import Video
 
 VERBS: dict[str, Callable[..., int]] = {}
 """The verbs by name, in the order of the overview."""
@@ -107,6 +109,8 @@ class Videos:
         Raises:
             UsageError: a flag that is no time, or out of its range.
         """
+        from refinedet.video import Video, as_video  # numpy and Pillow are not needed for the help
+
         video = Video(source) if self.video and as_video(source) is None else as_video(source)
         if video is None:
             return None

@@ -34,7 +34,6 @@ from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.errors import UsageError
 from refinedet.files import check_output, user_path
 from refinedet.progress import ProgressBar
-from refinedet.video import Video
 
 if TYPE_CHECKING:
     from refinedet.data import DetectionDataset
@@ -215,7 +214,7 @@ def predict(
     max_pixels: OptionalCount = None,
     device: Device = "auto",
 ) -> int:
-    """Detect objects in images and videos: a table, drawn copies, JSON, label files.
+    """Detect objects in images and videos: table, drawn copies, JSON.
 
     An image that cannot be read is reported in one line, the others are processed all the same, and the exit code is 1.
     A video that breaks off keeps what came before. A run that is stopped keeps the results that it has.
@@ -243,6 +242,7 @@ def predict(
     from refinedet.cli.prediction import PredictionOutputs
     from refinedet.sources import find_images
     from refinedet.tracking import ObjectTracker
+    from refinedet.video import Video
 
     # Whatever can be wrong with the call is found before torch is imported and the network has worked.
     chosen = find_images(images, recursive=recursive)
