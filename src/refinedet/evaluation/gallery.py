@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ from refinedet.text import printable
 
 WORST_IMAGES = 12
 """Images shown of each sort of error: most errors, and surest errors."""
+SUSPECTS = 12
+"""Suspected label errors shown."""
 GOOD_IMAGES = 6
 """Images shown in which everything is right."""
 KIND_NAMES = {
@@ -41,6 +43,12 @@ LEGEND = (
     (MISSED, "object, missed"),
     (WRONG, "wrong detection, with its score"),
     (IGNORED, "object that does not count"),
+)
+SUSPECT_LEGEND = (
+    (WRONG, "detection, with its score"),
+    (MISSED, "annotation that it contradicts"),
+    (FOUND, "other annotations"),
+    (IGNORED, "difficult or crowd"),
 )
 
 _THUMBNAIL_SIDE, _LARGEST_SIDE = 640, 2000
@@ -71,7 +79,7 @@ class Gallery:
     """Images of one sort."""
 
     kind: str
-    """"errors", "surest" or "good"."""
+    """"errors", "surest", "good" or "suspects"."""
     title: str
     """Heading."""
     text: str
@@ -119,6 +127,38 @@ def write_galleries(report: Report, records: Sequence[Record], diagnosis: Diagno
             galleries.append(Gallery(kind, title, text, pictures))
     _remove_pictures(folder, numbers)
     return galleries
+
+
+def write_suspects(report: Report, diagnosis: Diagnosis, folder: Path) -> list[Picture]:
+    """Draw the surest suspected label errors into a folder, each in an image of its own.
+
+    Args:
+        report: the detections and the data.
+        diagnosis: of the report.
+        folder: for ``suspect-01.jpg``, ... and their small copies; those of an earlier page go.
+
+    Raises:
+        RefineDetError: the folder cannot be written to.
+    """
+    pictures = []
+    for number, suspect in enumerate(report.suspects[:SUSPECTS], 1):
+        record, own = report.records[suspect.position], report.detections[suspect.position]
+        item = own[suspect.detection]
+        said = f"detected: {printable(item.name)} {item.score:.0%}"
+        if suspect.target is not None:
+            said += f"; annotated: {printable(own.class_names[record.labels[suspect.target]])}, IoU {suspect.iou:.2f}"
+        # Only the detection and the object in question are drawn as such.
+        whole = diagnosis.images[suspect.position]
+        kept, doubted = np.zeros_like(whole.kept), np.zeros_like(whole.missed)
+        kept[suspect.detection] = True
+        if suspect.target is not None:
+            doubted[suspect.target] = True
+        image = replace(whole, kept=kept, missed=doubted)
+        path = folder / f"suspect-{number:02d}.jpg"
+        picture = _write_picture(report, suspect.position, record, image, path)
+        pictures.append(replace(picture, summary=suspect.kind, errors=[said]))
+    _remove_pictures(folder, {"suspect": len(pictures)})
+    return pictures
 
 
 def _worst(detections: Sequence[Detections], diagnosis: Diagnosis) -> tuple[list[int], list[int]]:
@@ -217,6 +257,6 @@ def _remove_pictures(folder: Path, keep: dict[str, int]) -> None:
         return
     for path in folder.iterdir():
         match = IMAGE_NAME.fullmatch(path.name)
-        if match is not None and int(match[2]) > keep[match[1]]:
+        if match is not None and int(match[2]) > keep.get(match[1], 100):
             with contextlib.suppress(OSError):
                 path.unlink()

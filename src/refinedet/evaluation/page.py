@@ -21,10 +21,11 @@ from refinedet.draw import read_curves
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.charts import Line, LineChart
 from refinedet.evaluation.diagnosis import SCORE_THRESHOLD, SIZES, Diagnosis, best_f1, diagnose
-from refinedet.evaluation.gallery import KIND_NAMES, LEGEND, write_galleries
+from refinedet.evaluation.gallery import KIND_NAMES, LEGEND, SUSPECT_LEGEND, write_galleries, write_suspects
 from refinedet.evaluation.metrics import CURVE_RECALLS, VocMethod
 from refinedet.evaluation.outcomes import ERRORS, HIT_IOU, NEAR_IOU, Outcome
 from refinedet.evaluation.report import IMAGE_FOLDER, METRICS, PAGE_FILE, REPORT_SIGNATURE, Report
+from refinedet.evaluation.suspects import LOWEST_SCORE as SUSPECT_SCORE
 from refinedet.files import user_path, write_text
 from refinedet.text import printable
 
@@ -53,7 +54,7 @@ def write_page(
 ) -> Path:
     """Write ``index.html`` and ``images/worst-01.jpg``, ``images/good-01.jpg``, ... into a folder.
 
-    At most 30 images are decoded, one at a time, so that memory does not grow with the data. An image or a
+    At most 42 images are decoded, one at a time, so that memory does not grow with the data. An image or a
     ``metrics_csv`` that cannot be read costs its place on the page, not the page.
 
     Args:
@@ -70,12 +71,11 @@ def write_page(
         RefineDetError: the folder cannot be made or written to.
     """
     folder = user_path(folder)
-    records = [report.dataset[index] for index in report.indices]
     # Nothing below the threshold of the evaluation is there to be counted.
     threshold = max(score_threshold, report.settings.score_threshold or 0.0)
     method: VocMethod = "11-point" if report.metric == "voc07" else "area"
     diagnosis = diagnose(report.outcomes, score_threshold=threshold, method=method)
-    galleries = write_galleries(report, records, diagnosis, folder / IMAGE_FOLDER)
+    galleries = write_galleries(report, report.records, diagnosis, folder / IMAGE_FOLDER)
     context = {
         **_description(report),
         **_error_tables(report, diagnosis),
@@ -86,6 +86,10 @@ def write_page(
         "sizes": _sizes(report, diagnosis),
         "galleries": galleries,
         "legend": LEGEND,
+        "suspects": write_suspects(report, diagnosis, folder / IMAGE_FOLDER),
+        "suspected": len(report.suspects),
+        "suspect_legend": SUSPECT_LEGEND,
+        "suspect_score": f"{SUSPECT_SCORE:g}",
         "training": None if metrics_csv is None else _training(metrics_csv),
     }
     page = folder / PAGE_FILE

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,10 +22,12 @@ from refinedet.data import DetectionDataset
 from refinedet.evaluation.metrics import COCO_NAMES, CURVE_RECALLS
 from refinedet.evaluation.outcomes import Outcomes
 from refinedet.evaluation.settings import EvaluationSettings
+from refinedet.evaluation.suspects import Suspect, find_suspects
 from refinedet.files import check_output_folder, has_signature, json_text, make_folder, user_path, write_text
 from refinedet.text import printable
 
 if TYPE_CHECKING:
+    from refinedet.data.records import Record
     from refinedet.detections import Detections
 
 Metric = Literal["voc07", "voc", "coco"]
@@ -38,7 +41,7 @@ METRICS: dict[str, str] = {
 
 REPORT_FILE, DETECTIONS_FILE, TABLE_FILE = "report.json", "detections.json", "per_class.csv"
 """What ``Report.save`` writes."""
-PAGE_FILE, IMAGE_FOLDER, IMAGE_NAME = "index.html", "images", re.compile(r"(worst|good)-(\d\d)(-small)?\.jpg")
+PAGE_FILE, IMAGE_FOLDER, IMAGE_NAME = "index.html", "images", re.compile(r"(worst|good|suspect)-(\d\d)(-small)?\.jpg")
 """The page about a report, and the folder and names of its images."""
 REPORT_SIGNATURE = "report written by refinedet"
 """Stands in ``REPORT_FILE``: a folder with it holds an earlier report, which may be replaced."""
@@ -88,6 +91,16 @@ class Report(Mapping[str, float]):
     def image_ids(self) -> list[int | str]:
         """The data's id of each of these images."""
         return [self.dataset[index].image_id for index in self.indices]
+
+    @property
+    def records(self) -> list[Record]:
+        """The images evaluated, with their objects."""
+        return [self.dataset[index] for index in self.indices]
+
+    @cached_property
+    def suspects(self) -> list[Suspect]:
+        """Annotations that may be wrong, since detections of high scores contradict them; surest first."""
+        return find_suspects(self.outcomes, self.detections, self.records)
 
     @property
     def category_ids(self) -> tuple[int, ...] | None:
@@ -166,6 +179,10 @@ class Report(Mapping[str, float]):
                 "per_class_ap50": self.per_class_ap50,
                 "objects": self.objects,
                 "settings": self.settings.to_dict(),
+                "suspects": [
+                    suspect.to_dict(self.dataset[self.indices[suspect.position]], self.detections[suspect.position])
+                    for suspect in self.suspects
+                ],
                 "curves": {"iou": 0.5, "recall": CURVE_RECALLS, "precision": self.curves},
             }
         )
