@@ -117,6 +117,7 @@ def test_the_command_measures_weights_and_presets(tmp_path: Path, capsys: pytest
         (["nothing"], "no model 'nothing'"),
         (["nothing.onnx"], "nothing.onnx: no such file"),
         (["smoke", "--runs", "0"], "--runs must be at least 1"),
+        (["smoke", "--warmup", "9" * 400], "--warmup must be at most 1,000,000, not 9999"),
         (["smoke", "--warmup", "-1"], "--warmup must be at least 0"),
         (["smoke", "--threads", "0"], "--threads must be at least 1"),
         (["smoke", "--device", "tpu9"], "unknown device"),

@@ -13,6 +13,7 @@ import tyro
 
 from refinedet.config import TrainConfig
 from refinedet.errors import UsageError
+from refinedet.text import cut
 
 if TYPE_CHECKING:
     from refinedet.video import Video
@@ -155,14 +156,16 @@ def class_names_in(text: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def check_at_least(flag: str, value: int | None, smallest: int = 1) -> None:
-    """Refuse a number that is too small.
+def check_at_least(flag: str, value: int | None, smallest: int = 1, largest: int = 2**63 - 1) -> None:
+    """Refuse a number that is too small, or beyond what anything here counts to.
 
     Raises:
         UsageError: it is; the message names the flag.
     """
     if value is not None and value < smallest:
-        raise UsageError(f"{flag} must be at least {smallest}, not {value}")
+        raise UsageError(f"{flag} must be at least {smallest}, not {cut(str(value), 40)}")
+    if value is not None and value > largest:
+        raise UsageError(f"{flag} must be at most {largest:,}, not {cut(str(value), 40)}")
 
 
 def fields_in(arguments: Sequence[str]) -> tuple[str, ...]:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from refinedet.detector import RefineDet
     from refinedet.runtime import Runtime
 
+_MOST_RUNS = 1_000_000
+"""More would take weeks, so such a number is a slip."""
+
 EXPORTED_FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
 """What the file of each exported format is called."""
 
@@ -181,8 +184,8 @@ def benchmark(
         threads: CPU threads (default: the engine's choice).
         device: cpu, cuda, mps, or auto (a GPU if there is one); exported files run on the CPU.
     """
-    check_at_least("--runs", runs)
-    check_at_least("--warmup", warmup, 0)
+    check_at_least("--runs", runs, 1, _MOST_RUNS)
+    check_at_least("--warmup", warmup, 0, _MOST_RUNS)
     check_at_least("--threads", threads)
     if not weights:
         raise UsageError("missing: WEIGHTS...; see refinedet benchmark --help")
