@@ -50,6 +50,7 @@ TESTED_ELSEWHERE = {
     "data/yolo_images.py": "data/test_yolo_paths.py",
     "data/yolo_labels.py": "data/test_yolo_exports.py",
     "data/yolo_rows.py": "data/test_yolo.py",
+    "bulk/workers.py": "bulk/test_local.py",
     "dataclass_json.py": "test_config.py",
     "decoding.py": "test_sources.py",
     "deploy/graph.py": "deploy/test_export.py",

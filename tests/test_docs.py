@@ -125,7 +125,7 @@ def test_commands_name_verbs_presets_and_flags_that_exist(document: str) -> None
 def test_flags_in_the_text_exist(document: str) -> None:
     known = frozenset().union(*(known_flags(verb) for verb in cli.VERBS)) | OTHER_PROGRAMS
     for code in INLINE_CODE.findall(text_of(document)):
-        if not re.match(r"(python|pip|git|make|\S*/pip|torchrun|docker) ", code):
+        if not re.match(r"(python|pip|git|make|ray|sbatch|kubectl|kill|\S*/pip|torchrun|docker) ", code):
             unknown = set(FLAG.findall(code)) - known
             assert not unknown, f"{document}: {code}: no such flag"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from refinedet import RefineDet
-from refinedet.bulk import local
+from refinedet.bulk import local, workers
 from refinedet.bulk.local import run_local
 from refinedet.bulk.worker import Worker, WorkerSettings
 from refinedet.errors import RefineDetError
@@ -127,7 +127,7 @@ def test_workers_that_cannot_work(settings: WorkerSettings, fake_worker: Path, m
             answers(replace(settings, weights=weights), [["a"], ["b"]])
     with pytest.raises(RefineDetError, match=r"a worker process failed .ValueError: odd"):
         answers(settings, [["odd"]])
-    monkeypatch.setattr(local, "MOST_GIVEN_UP", 1)
+    monkeypatch.setattr(workers, "MOST_GIVEN_UP", 1)
     with pytest.raises(RefineDetError, match="die again and again, the last time on deadly2"):
         answers(settings, [["deadly1"], ["deadly2"]], workers=1)
 
@@ -151,8 +151,7 @@ def test_nothing_is_left_when_the_caller_stops(
 
 
 def test_a_worker_ends_with_its_input(settings: WorkerSettings, fake_worker: Path) -> None:
-    process = local.subprocess.Popen(local.WORKER, stdin=local.subprocess.PIPE, stdout=local.subprocess.PIPE)
-    local._exchange(process, settings)
+    process = local._Process(settings)._process
     began = time.monotonic()
     assert process.communicate(timeout=20)[0] == b""
     assert process.returncode == 0

@@ -27,7 +27,7 @@ from refinedet.runtime import SUFFIXES, Runtime
 from refinedet.sources import find_images
 from refinedet.text import reason
 
-Engine: TypeAlias = Literal["local"]
+Engine: TypeAlias = Literal["local", "ray"]
 Progress: TypeAlias = Callable[[int, int], None]
 BATCHES_PER_TASK = 8
 """What a worker does at a time, and what is done again when it is killed."""
@@ -60,6 +60,7 @@ def batch(
     threshold: float | None = DEFAULT_THRESHOLD,
     batch_size: int = 16,
     engine: Engine = "local",
+    address: str | None = None,
     workers: int | None = None,
     rows_per_part: int = 10_000,
     device: str = "auto",
@@ -78,8 +79,11 @@ def batch(
         out: folder of the parts; new, empty, or that of an earlier call with the same model and threshold.
         threshold: lowest score; None keeps all that post-processing keeps.
         batch_size: images that go through the network at once.
-        engine: "local": processes of this machine.
-        workers: number of processes; by default one for each CPU core, or for each GPU.
+        engine: "local": processes of this machine; "ray": actors of Ray on one or many machines, all of which must see
+            the images and the model under the same paths. Both give the same rows.
+        address: for Ray: of a running cluster, or "auto" for the one that this machine is part of; by default Ray is
+            started here.
+        workers: number of processes; by default one for each CPU core, or for each GPU; with Ray one CPU is left free.
         rows_per_part: rows of a part, about; fewer where they take more than five minutes. A kill of this process loses
             the rows of the part that it was at.
         device: "cpu", "cuda", "mps" or "auto"; "cuda" without a number is all GPUs of the machine.
@@ -105,13 +109,15 @@ def batch(
             raise UsageError(f"{name} must be at least 1, not {value}")
     if engine not in get_args(Engine):
         raise UsageError(f"engine must be one of {', '.join(get_args(Engine))}, not {engine!r}")
+    if address is not None and engine != "ray":
+        raise UsageError("address is that of a Ray cluster; it needs the engine 'ray'")
     wanted, weights = _identify(model, threshold)
-    devices = _devices(weights, device, workers)
+    devices = _devices(weights, device, workers) if engine == "local" else [_device_of_ray(weights, device)]
     settings = WorkerSettings(
         weights=weights,
         digest=wanted.model_digest,
         device=devices[0],
-        threads=max(1, _cores() // len(devices)),
+        threads=max(1, _cores() // len(devices)) if engine == "local" else 1,
         threshold=threshold,
         batch_size=batch_size,
         max_pixels=max_pixels,
@@ -124,7 +130,13 @@ def batch(
         rest = [path for text, path in sorted(paths.items()) if text not in done]
         del done, paths
         tasks = _tasks(rest, batch_size, rows_per_part)
-        with closing(run_local(settings, tasks, devices)) as tables:
+        if engine == "local":
+            rows = run_local(settings, tasks, devices)
+        else:
+            from refinedet.bulk.ray_engine import run_ray
+
+            rows = run_ray(settings, tasks, workers, address)
+        with closing(rows) as tables:
             return _collect(folder, tables, len(rest), on_progress)
 
 
@@ -175,6 +187,15 @@ def _devices(weights: str, device: str, workers: int | None) -> list[str]:
         count = torch.cuda.device_count()
         return [f"cuda:{index % count}" for index in range(workers or count)]
     return [str(chosen)] * (workers or (_cores() if chosen.type == "cpu" else 1))
+
+
+def _device_of_ray(weights: str, device: str) -> str:
+    """Where the actors compute; "auto" is decided when the machines are known."""
+    if weights.lower().endswith(SUFFIXES):
+        return "cpu"
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"workers of Ray compute on 'cpu' or 'cuda', not on {device!r}")
+    return device
 
 
 def _identify(model: str | Path, threshold: float | None) -> tuple[Manifest, str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from refinedet.cli.flags import Device, OptionalCount, Weights, check_at_least, check_share, flag, verb
+from refinedet.cli.flags import Device, OptionalCount, OptionalText, Weights, check_at_least, check_share, flag, verb
 from refinedet.cli.terminal import note, say, terminable
 from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.files import user_path
@@ -24,7 +24,8 @@ def batch(
     *,
     out: Annotated[Path, flag("FOLDER", None)],
     threshold: float = DEFAULT_THRESHOLD,
-    engine: Literal["local"] = "local",
+    engine: Literal["local", "ray"] = "local",
+    address: OptionalText = None,
     workers: OptionalCount = None,
     batch_size: int = 16,
     rows_per_part: int = 10_000,
@@ -45,7 +46,10 @@ def batch(
             each line, or a .parquet file with a column 'path'.
         out: Folder for the Parquet files.
         threshold: Keep detections that score at least this.
-        engine: What runs the workers: 'local' is processes of this machine.
+        engine: What runs the workers: 'local' is processes of this machine, 'ray' a cluster whose machines all see the
+            images and the model under the same paths.
+        address: Of a running Ray cluster, or 'auto' for the one that this machine is part of (default: Ray is started
+            here and ended again).
         workers: Number of workers (default: one for each CPU core or GPU).
         batch_size: Images that go through the network at once.
         rows_per_part: Images of a Parquet file, about; fewer where they take more than five minutes.
@@ -75,6 +79,7 @@ def batch(
             out,
             threshold=threshold,
             engine=engine,
+            address=address,
             workers=workers,
             batch_size=batch_size,
             rows_per_part=rows_per_part,
