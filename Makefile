@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,tensorboard,timm,export,video,track]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,tensorboard,timm,export,int8,video,track]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:

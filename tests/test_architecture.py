@@ -54,6 +54,7 @@ TESTED_ELSEWHERE = {
     "dataclass_json.py": "test_config.py",
     "decoding.py": "test_sources.py",
     "deploy/graph.py": "deploy/test_export.py",
+    "deploy/measure.py": "deploy/test_quantize.py",
     "deploy/verify.py": "deploy/test_export.py",
     "evaluation/detector.py": "typed_calls.py",  # a protocol
     "evaluation/evaluate.py": "evaluation/test_report.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -47,6 +48,15 @@ class Outputs(NamedTuple):
     num_detections: npt.NDArray[np.int64]
     settled: npt.NDArray[np.bool_]
     finite: npt.NDArray[np.bool_]
+
+
+def graph_inputs(
+    images: Sequence[npt.NDArray[np.uint8]], config: ModelConfig, input_type: str, size: tuple[int, int] | None = None
+) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
+    """(B, H, W, 3) input of an exported graph for (h, w, 3) RGB images."""
+    height, width = size or config.image_size
+    batch = np.stack([resize(image, height, width, config.resize) for image in images])
+    return batch if input_type == "float32" else np.rint(batch).astype(np.uint8)
 
 
 class _Engine(Protocol):
@@ -96,6 +106,7 @@ class Runtime:
             self.class_names = tuple(map(str, facts["class_names"]))
             self.input_type = str(facts["input_type"])
             self.dynamic_size, self.raw = bool(facts["dynamic_size"]), bool(facts["raw"])
+            self.precision = str(facts.get("precision", "fp32"))
         except (ValueError, KeyError, TypeError) as error:
             raise RefineDetError(
                 f"{file}: was not written by 'refinedet export' ({METADATA_KEY} metadata is missing or damaged: "
@@ -115,9 +126,9 @@ class Runtime:
         return self._engine.name
 
     def __repr__(self) -> str:
-        """File, classes, input size."""
+        """File, classes, input size, precision."""
         height, width = self.config.image_size
-        return f"Runtime({str(self.path)!r}, {len(self.class_names)} classes, {width}x{height})"
+        return f"Runtime({str(self.path)!r}, {len(self.class_names)} classes, {width}x{height}, {self.precision})"
 
     def run(self, images: npt.NDArray[Any]) -> Outputs:
         """Run the graph.
@@ -144,9 +155,7 @@ class Runtime:
         self, images: Sequence[npt.NDArray[np.uint8]], size: tuple[int, int] | None = None
     ) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
         """(B, H, W, 3) input of the graph for (h, w, 3) RGB images."""
-        height, width = size or self.config.image_size
-        batch = np.stack([resize(image, height, width, self.config.resize) for image in images])
-        return batch if self.input_type == "float32" else np.rint(batch).astype(np.uint8)
+        return graph_inputs(images, self.config, self.input_type, size)
 
     def predict(
         self,
@@ -207,11 +216,29 @@ class Runtime:
         return finish(results, threshold=threshold, sources=sources)
 
 
-def _package(name: str, file: Path) -> Any:
+def import_package(name: str, what: object) -> Any:
+    """Import an engine or a tool for engines.
+
+    OpenVINO and NNCF report over the network that they are imported, unless openvino_telemetry is missing: so it is.
+
+    Args:
+        name: of the package.
+        what: what needs it, for the message.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    modules: dict[str, Any] = sys.modules
+    hidden = "openvino_telemetry" not in modules
+    if hidden:
+        modules["openvino_telemetry"] = None
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"{file}: needs {name}: pip install {name}") from None
+        raise UsageError(f"{what}: needs {name}: pip install {name}") from None
+    finally:
+        if hidden:
+            del modules["openvino_telemetry"]
 
 
 class _OnnxRuntime:
@@ -220,7 +247,7 @@ class _OnnxRuntime:
     name = "ONNX Runtime"
 
     def __init__(self, file: Path, threads: int | None, precision: str) -> None:
-        onnxruntime = _package("onnxruntime", file)
+        onnxruntime = import_package("onnxruntime", file)
         if precision != "f32":
             raise UsageError(f"precision {precision!r} is for OpenVINO; ONNX Runtime computes as the file says")
         options = onnxruntime.SessionOptions()
@@ -249,7 +276,7 @@ class _OpenVino:
     name = "OpenVINO"
 
     def __init__(self, file: Path, threads: int | None, precision: str) -> None:
-        openvino = _package("openvino", file)
+        openvino = import_package("openvino", file)
         if not file.with_suffix(".bin").is_file():
             raise RefineDetError(f"{file.with_suffix('.bin')}: no such file; the weights of {file.name} belong there")
         settings = {"INFERENCE_PRECISION_HINT": precision}

@@ -31,6 +31,11 @@ SCORE_TOLERANCE = 1e-4
 """Largest difference of a score; decisions by a margin smaller than this are ties."""
 OVERLAP_TOLERANCE = 1e-4
 """Overlaps nearer to the threshold of suppression than this are ties."""
+CONFIDENT = 0.1
+"""In files of lower precision, detections that score at least this must be found again on the other side: a box of the
+same class with an IoU of at least 0.5 and a score within 0.2."""
+AGREEMENT = {"fp16": 0.98, "int8": 0.9}
+"""The share of them that must be found, by precision."""
 
 
 @dataclass
@@ -43,6 +48,10 @@ class Verification:
     """Batch sizes at which each was compared."""
     detections: int = 0
     """Detections that both have; of a raw file, the anchors whose outputs were compared."""
+    missed: int = 0
+    """Of a file of lower precision, the confident detections that only one side has."""
+    precision: str = "fp32"
+    """Of the file."""
     compared: str = "detections"
     """What ``detections`` counts, in a word."""
     box_difference: float = 0.0
@@ -57,10 +66,21 @@ class Verification:
     def summary(self) -> str:
         """One line."""
         sizes = ", ".join(map(str, self.batches))
+        if self.precision != "fp32":
+            return (
+                f"{self.precision}, verified on {self.images} images at batch {sizes}: {100 * self.agreement:.1f} % of "
+                f"{self.detections + self.missed} detections that score {CONFIDENT} or more are found by both the file "
+                "and PyTorch"
+            )
         return (
             f"verified on {self.images} images at batch {sizes}: {self.detections} {self.compared} equal, boxes within "
             f"{self.box_difference:.2g} px, scores within {self.score_difference:.2g}, ties: {len(self.ties)}"
         )
+
+    @property
+    def agreement(self) -> float:
+        """The share of detections that both have."""
+        return self.detections / max(1, self.detections + self.missed)
 
 
 def verification_images(images: Sequence[Pixels] | str | Path | None) -> list[Pixels]:
@@ -121,9 +141,12 @@ def verify(model: RefineDet, exported: Runtime, images: Sequence[Pixels]) -> Ver
         images: (H, W, 3) uint8 RGB; each is compared at every size of ``BATCHES``.
 
     Raises:
-        RefineDetError: a difference that rounding does not explain.
+        RefineDetError: a difference that rounding does not explain; of a file of lower precision, too few detections
+            that agree.
     """
-    result = Verification(images=len(images), compared="anchors" if exported.raw else "detections")
+    result = Verification(
+        images=len(images), compared="anchors" if exported.raw else "detections", precision=exported.precision
+    )
     references = [] if exported.raw else [_reference(model, exported, image) for image in images]
     for size in BATCHES:
         for first in range(0, len(images), size):
@@ -144,7 +167,12 @@ def verify(model: RefineDet, exported: Runtime, images: Sequence[Pixels]) -> Ver
                     continue
                 count = int(outputs.num_detections[row])
                 answer = Boxes(outputs.boxes[row, :count], outputs.scores[row, :count], outputs.labels[row, :count])
-                _compare(references[index], answer, model, where, result)
+                if exported.precision == "fp32":
+                    _compare(references[index], answer, model, where, result)
+                else:
+                    _compare_loosely(references[index].kept, answer, result)
+    if exported.precision != "fp32" and not result.faults:
+        _check_agreement(result)
     if result.faults:
         raise RefineDetError(
             f"the exported file gives other detections than PyTorch ({len(result.faults)} differences, the first: "
@@ -223,6 +251,31 @@ def _compare(reference: _Reference, answer: Boxes, model: RefineDet, where: str,
         reason = _tie(reference, detections, row, model)
         line = f"{where}: only {side} keeps a {name} of score {score:.4f} ({reason or 'rounding does not explain it'})"
         (result.ties if reason else result.faults).append(line)
+
+
+def _compare_loosely(expected: Boxes, answer: Boxes, result: Verification) -> None:
+    """Count the confident detections of each side that the other has, and those that it lacks."""
+    for one, other in ((expected, answer), (answer, expected)):
+        sure = one.scores >= CONFIDENT
+        overlap = iou(torch.from_numpy(one.boxes[sure]), torch.from_numpy(other.boxes)).numpy()
+        same = one.labels[sure, None] == other.labels
+        near = np.abs(one.scores[sure, None] - other.scores) <= 0.2
+        found = int(((overlap >= 0.5) & same & near).any(axis=1).sum())
+        result.detections += found
+        result.missed += int(sure.sum()) - found
+
+
+def _check_agreement(result: Verification) -> None:
+    if not result.detections + result.missed:
+        raise RefineDetError(
+            f"nothing scores {CONFIDENT} or more on the {result.images} images to verify on; name others with --verify"
+        )
+    if result.agreement < AGREEMENT[result.precision]:
+        raise RefineDetError(
+            f"only {100 * result.agreement:.1f} % of the detections of the {result.precision} file agree with PyTorch, "
+            f"and {100 * AGREEMENT[result.precision]:.0f} % must; "
+            + ("give more or other images to calibrate on" if result.precision == "int8" else "use fp32")
+        )
 
 
 def _near(one: Boxes, row: int, others: Boxes) -> tuple[Any, Any, Any]:
