@@ -135,8 +135,8 @@ def test_another_model_does_not_pass_verification(tmp_path: Path, photos: list[A
 def test_a_full_disk_is_named_and_nothing_is_left(
     tmp_path: Path, photos: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(model: object, path: Path, **options: object) -> None:
-        path.write_bytes(b"half a file")
+    def write(*arguments: Any) -> None:
+        arguments[-1].write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")  # the libraries do not say which file
 
     monkeypatch.setattr(exporting, "_write", write)
@@ -184,7 +184,7 @@ def test_wrong_targets_are_refused_before_the_work(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=reason):
             export(RefineDet(SMALL), tmp_path / name)
     with pytest.raises(UsageError, match="OpenVINO"):
-        export(RefineDet(SMALL), tmp_path / "a.onnx", half=True)
+        export(RefineDet(SMALL), tmp_path / "a.onnx", precision="fp16")
     with pytest.raises(UsageError, match="input_type"):
         export(RefineDet(SMALL), tmp_path / "a.onnx", input_type="int8")  # type: ignore[arg-type]
     assert (tmp_path / "mine.onnx").read_bytes() == b"somebody's model"
