@@ -53,10 +53,7 @@ class _Process:
             self._exchange(settings)
         except WorkerDiedError:
             self.close()
-            raise RefineDetError(
-                f"a worker process ended while it loaded the model (exit code {self._process.returncode}); is the "
-                "memory used up? try fewer --workers"
-            ) from None
+            raise WorkerDiedError(f" (exit code {self._process.returncode})") from None
         except BaseException:
             self.close()
             raise

@@ -41,7 +41,8 @@ class Channel(Protocol):
 
 
 Start: TypeAlias = Callable[[int], Channel]
-"""Starts a worker, given the number of the thread that will ask it, which counts from 0; raises what ``ask`` raises."""
+"""Starts a worker, given the number of the thread that will ask it, which counts from 0; raises what ``ask`` raises,
+``WorkerDiedError`` with a text such as " (exit code 9)" if it died while it loaded the model."""
 
 
 def run_workers(
@@ -126,13 +127,22 @@ class _Fleet:
         if not hasattr(self._own, "number"):
             with self._lock:
                 self._own.number, self._threads = self._threads, self._threads + 1
-        if self._stopped:
-            raise WorkerDiedError
-        worker = self._start_worker(self._own.number)
+        for attempt in range(1, ATTEMPTS + 1):
+            if self._stopped:
+                raise WorkerDiedError
+            try:
+                worker = self._start_worker(self._own.number)
+                break
+            except WorkerDiedError as error:
+                if attempt == ATTEMPTS and not self._stopped:
+                    raise RefineDetError(
+                        f"a worker process ended while it loaded the model{error}; is the memory used up? try fewer "
+                        "--workers"
+                    ) from None
         with self._lock:
             self._workers.append(worker)
             if self._stopped:  # meanwhile, by another thread
-                worker.kill()  # type: ignore[unreachable]
+                worker.kill()
         return worker
 
     def stop(self) -> None:
