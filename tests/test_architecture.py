@@ -39,6 +39,7 @@ TESTED_ELSEWHERE = {
     "ablations.py": "model/test_ablations.py",
     "bulk/worker.py": "bulk/test_local.py",
     "cli/bulk.py": "bulk/test_run.py",
+    "cli/demo.py": "test_demo.py",
     "cli/flags.py": "cli/test_arguments.py",
     "cli/training.py": "test_cli.py",
     "cli/weights.py": "weights/test_convert_verb.py",

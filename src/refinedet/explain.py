@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,12 @@ class Explanation:
     """Lowest score of a detection."""
     milliseconds: dict[str, float]
     """Time of each of ``STAGES``."""
+
+    def at(self, threshold: float) -> Explanation:
+        """The same steps with the detections that score at least ``threshold``, which is no lower than before."""
+        kept = self.detections.scores >= np.float32(threshold)
+        found, origins = self.detections[kept], self.origins[kept]
+        return replace(self, threshold=threshold, detections=found, origins=origins)
 
     def table(self) -> str:
         """Aligned text: what each step keeps, and the time of each stage."""

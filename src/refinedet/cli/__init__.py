@@ -15,14 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 import refinedet
-from refinedet.cli import bulk, training, verbs, weights
+from refinedet.cli import bulk, demo, training, verbs, weights
 from refinedet.cli.arguments import parse
 from refinedet.cli.flags import VERBS, fields_in
 from refinedet.cli.terminal import run, say
 from refinedet.errors import UsageError, did_you_mean
 from refinedet.presets import PRESETS, get_preset
 
-__all__ = ["VERBS", "bulk", "main", "training", "verbs", "weights"]
+__all__ = ["VERBS", "bulk", "demo", "main", "training", "verbs", "weights"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
