@@ -109,15 +109,29 @@ def test_bad_files(tmp_path: Path) -> None:
 
 def test_wrong_calls(tmp_path: Path) -> None:
     foreign_model(tmp_path / "a.onnx")
+    photo = np.zeros((64, 64, 3), np.uint8)
+    constant, dynamic, raw = (Runtime(constant_model(tmp_path / "b.onnx")) for _ in range(3))
+    dynamic.dynamic_size = raw.raw = True
     for call, reason in (
         (lambda: Runtime(tmp_path / "none.onnx"), "no such file"),
         (lambda: Runtime(tmp_path / "a.pt"), "ends in .onnx or .xml"),
         (lambda: Runtime(tmp_path / "a.onnx", threads=0), "threads"),
         (lambda: Runtime(tmp_path / "a.onnx", precision="bf16"), "OpenVINO"),
         (lambda: load_detector(tmp_path / "a.onnx", device="cuda"), "run on the CPU"),
+        (lambda: constant.predict_arrays([photo], size=(128, 64)), "export with --dynamic-size"),
+        (lambda: dynamic.predict_arrays([photo], size=(100, 64)), "multiples of 64"),
+        (lambda: raw.predict(photo), "exported with --raw"),
     ):
         with pytest.raises(UsageError, match=reason):
             call()
+
+
+def test_a_size_that_the_graph_refuses(tmp_path: Path) -> None:
+    model = Runtime(constant_model(tmp_path / "a.onnx"))
+    for images in (np.zeros((1, 64, 32, 3), np.float32), np.zeros((1, 64, 64, 3), np.uint8)):
+        with pytest.raises(RefineDetError, match=r"a\.onnx: the graph refused a batch of shape 1x64x") as raised:
+            model.run(images)
+        assert "\n" not in str(raised.value)
 
 
 def test_names_of_models_still_load(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Imports neither torch nor torchvision.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -29,6 +30,8 @@ from refinedet.text import reason
 
 METADATA_KEY = "refinedet"
 """Under this name the file holds everything about the model, as JSON."""
+DIGEST_KEY = "refinedet_weights"
+"""Under this name a .xml file holds the digest of its .bin file."""
 SUFFIXES = (".onnx", ".xml")
 """Endings of exported models."""
 
@@ -48,6 +51,12 @@ class Outputs(NamedTuple):
     num_detections: npt.NDArray[np.int64]
     settled: npt.NDArray[np.bool_]
     finite: npt.NDArray[np.bool_]
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def graph_inputs(
@@ -204,6 +213,8 @@ class Runtime:
         input_size = size or self.config.image_size
         if tuple(input_size) != self.config.image_size and not self.dynamic_size:
             raise UsageError(f"{self.path}: was exported for {self.config.image_size} only; export with --dynamic-size")
+        if any(side < 64 or side % 64 for side in input_size):
+            raise UsageError(f"size must be two multiples of 64, not {size!r}")
         outputs = self.run(self.inputs(images, size))
         if not outputs.finite.all():
             raise RefineDetError(f"{self.path}: the network's outputs are not finite: its weights are ruined")
@@ -286,10 +297,13 @@ class _OpenVino:
             core = openvino.Core()
             model = core.read_model(file)
             self._compiled = core.compile_model(model, "CPU", settings)
-            rt_info = model.get_rt_info()
-            self.metadata = str(model.get_rt_info([METADATA_KEY]).value) if METADATA_KEY in rt_info else ""
+            facts = {key: str(model.get_rt_info([key]).value) for key in model.get_rt_info()}
         except Exception as error:
             raise RefineDetError(f"{file}: not a readable OpenVINO model ({reason(error, 200)})") from None
+        self.metadata = facts.get(METADATA_KEY, "")
+        weights = file.with_suffix(".bin")
+        if facts.get(DIGEST_KEY) not in (None, digest_of(weights)):
+            raise RefineDetError(f"{weights}: damaged, or not the weights of {file.name}; export the model again")
         self._file = file
 
     def run(self, images: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:

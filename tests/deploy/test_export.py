@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,57 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     with pytest.raises(RefineDetError, match=r"model\.onnx: cannot be saved \(disk full\)"):
         export(detector(), tmp_path / "model.onnx", images=photos)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_no_model_and_the_next_one_tidies_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from refinedet import RefineDet, export\n"
+        "from refinedet.deploy import export as exporting\n"
+        "def write(*arguments):\n"
+        "    arguments[-1].write_bytes(b'half a file')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "exporting._write = write\n"
+        "export('voc07-320-resnet18', sys.argv[1])\n"
+    )
+    target = tmp_path / "model.onnx"
+    done = subprocess.run([sys.executable, "-c", program, str(target)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not target.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".")
+
+    class StoppedError(Exception):
+        """Instead of writing."""
+
+    def stop(*arguments: Any) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(exporting, "_write", stop)
+    with pytest.raises(StoppedError):
+        export(detector(), target)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_damaged_openvino_files_are_named(tmp_path: Path) -> None:
+    model = detector()
+    for name, config in (("a", model), ("b", detector(seed=1))):
+        export(config, tmp_path / f"{name}.xml")
+    whole = (tmp_path / "a.bin").read_bytes()
+    for damaged in (
+        (tmp_path / "b.bin").read_bytes(),  # of a model of the same form
+        whole[:-1000] + bytes(1000),
+        whole[: len(whole) // 2],
+    ):
+        (tmp_path / "a.bin").write_bytes(damaged)
+        with pytest.raises(RefineDetError, match=r"a\.bin: damaged|not a readable") as raised:
+            Runtime(tmp_path / "a.xml")
+        assert "\n" not in str(raised.value)
+    (tmp_path / "a.bin").write_bytes(whole)
+    Runtime(tmp_path / "a.xml")
 
 
 @pytest.mark.slow

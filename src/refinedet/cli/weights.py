@@ -26,7 +26,7 @@ from refinedet.cli.flags import (
     flag,
     verb,
 )
-from refinedet.cli.terminal import note, say
+from refinedet.cli.terminal import note, say, terminable
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import check_output, check_output_folder, user_path, write_text
 from refinedet.presets import PRESETS, get_preset
@@ -198,7 +198,7 @@ def export(
     dataset, metric = _evaluation_data(weights, detector, lower)
     checks = []
     for target in targets:
-        with ProgressBar("calibrating") as bar:
+        with terminable(), ProgressBar("calibrating") as bar:
             checked = export_model(
                 detector,
                 target,

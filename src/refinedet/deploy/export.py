@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import io
 import json
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,9 +27,10 @@ from refinedet.deploy.quantize import Progress, calibration_files, quantize
 from refinedet.deploy.verify import Verification, verification_images, verify
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.files import check_output, failure_reason, make_folder, user_path
+from refinedet.files import check_output, failure_reason, user_path
 from refinedet.images import read_image
-from refinedet.runtime import METADATA_KEY, SUFFIXES, Runtime, graph_inputs, import_package
+from refinedet.locks import lock_folder
+from refinedet.runtime import DIGEST_KEY, METADATA_KEY, SUFFIXES, Runtime, digest_of, graph_inputs, import_package
 
 if TYPE_CHECKING:
     from refinedet.pixels import Pixels
@@ -103,9 +106,9 @@ def export(
     scenes = verification_images(images)
     if images is None:
         scenes += [read_image(file) for file in files[:CALIBRATION_IMAGES_TO_VERIFY]]
-    make_folder(target.parent)
     try:
-        return _replace(target, detector, scenes, partial(_write, detector, form, files, on_progress))
+        with lock_folder(target.parent, "export"):
+            return _replace(target, detector, scenes, partial(_write, detector, form, files, on_progress))
     except OSError as error:  # of libraries that write without naming the file
         raise RefineDetError(f"{target}: cannot be saved ({failure_reason(error)})") from None
 
@@ -132,13 +135,16 @@ class _Form:
 
 
 def _replace(target: Path, detector: RefineDet, scenes: Any, write: Callable[[Path], object]) -> Verification:
-    """Write beside the target, verify, and move the finished file into place in one step."""
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as name:
+    """Write beside the target, verify, and move the finished file into place in one step; needs the folder's lock."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):  # by exports that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".part") as name:
         aside = Path(name) / target.name
         write(aside)
         checked = verify(detector, Runtime(aside), scenes)
+        # The .bin before the .xml that names it: killed in between, the digest in the .xml does not fit.
         for written in sorted(aside.parent.glob(f"{target.stem}.*"), key=lambda file: file.suffix == target.suffix):
-            os.replace(written, target.with_suffix(written.suffix))  # the .bin before the .xml that names it
+            os.replace(written, target.with_suffix(written.suffix))
     return checked
 
 
@@ -210,7 +216,10 @@ def _write(
     converted = openvino.convert_model(source)
     source.unlink()
     converted.set_rt_info(text, METADATA_KEY)
-    openvino.save_model(converted, path, compress_to_fp16=form.precision == "fp16")
+    half = form.precision == "fp16"
+    openvino.save_model(converted, path, compress_to_fp16=half)
+    converted.set_rt_info(digest_of(path.with_suffix(".bin")), DIGEST_KEY)
+    openvino.save_model(converted, path, compress_to_fp16=half)
 
 
 def _translate(detector: RefineDet, form: _Form) -> Any:
