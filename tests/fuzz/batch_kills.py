@@ -81,17 +81,26 @@ def workers_of(engine: str, command: subprocess.Popen[str]) -> list[int]:
 
 
 def disturb(
-    folder: Path, out: Path, engine: str, workers: int, *, worker_kills: int, command_kills: int, rng: random.Random
+    folder: Path, out: Path, engine: str, workers: int, moments: list[str], pause: float, rng: random.Random
 ) -> dict[str, int]:
-    """Start the command until all images are done, with so many kills on the way; counts of what was killed."""
-    moments = ["worker"] * worker_kills + ["command"] * command_kills
+    """Start the command until all images are done; counts of what was killed.
+
+    Args:
+        folder: what ``prepare`` filled.
+        out: for the parts.
+        engine: "local" or "ray".
+        workers: number of workers.
+        moments: "worker" for each kill of a worker, "command" for each of the command.
+        pause: longest time between two kills in seconds.
+        rng: decides on the order and the times.
+    """
     rng.shuffle(moments)
     counts = {"starts": 0, "worker": 0, "command": 0}
     while True:
         counts["starts"] += 1
         command = start(folder, out, engine, workers)
         while command.poll() is None and moments:
-            time.sleep(rng.uniform(0.05, 1.5))
+            time.sleep(rng.uniform(0.05, pause))
             if moments[0] == "worker" and (there := workers_of(engine, command)):
                 os.kill(rng.choice(there), signal.SIGKILL)
                 counts[moments.pop(0)] += 1
@@ -113,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--worker-kills", type=int, default=10)
     parser.add_argument("--command-kills", type=int, default=5)
+    parser.add_argument("--pause", type=float, default=10.0, help="longest time between two kills in seconds")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     folder, began, faults = Path(tempfile.mkdtemp(prefix="batch-kills-")), time.monotonic(), []
@@ -130,8 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if command.returncode != 1 or "disk full" not in error:
                 faults.append(f"full disk: exit code {command.returncode}, {error}")
         counts = disturb(
-            folder, out, chosen.engine, chosen.workers, worker_kills=chosen.worker_kills,
-            command_kills=chosen.command_kills, rng=random.Random(chosen.seed),
+            folder, out, chosen.engine, chosen.workers,
+            ["worker"] * chosen.worker_kills + ["command"] * chosen.command_kills, chosen.pause,
+            random.Random(chosen.seed),
         )  # fmt: skip
         if not rows_of(out).equals(rows_of(folder / "calm")):
             faults.append("the rows differ from those of an undisturbed run")
