@@ -3,8 +3,8 @@
     python -m benchmarks.batch --images 200 --rounds 3              # speed, in turns
     python -m benchmarks.batch --memory 20000                       # memory at 10 % and at 100 %
 
-Images are links to the photos in ``examples/``. Speed is that of the bundled model, start of the workers included; memory
-is measured with a small network, so that most of the time goes into reading images and writing rows.
+Images are links to the photos in ``examples/``. Speed is that of the bundled model, start of the workers included;
+memory is measured with a small network, so that most of the time goes into reading images and writing rows.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def measure_memory(work: Path, count: int) -> str:
                 marks.setdefault(share, resident_megabytes())
 
     result = batch(
-        work / "model", link_images(work / "many", count), work / "found", threshold=0.2, rows_per_part=1000, device="cpu",
-        on_progress=note,
+        work / "model", link_images(work / "many", count), work / "found", threshold=0.2, rows_per_part=1000,
+        device="cpu", on_progress=note,
     )  # fmt: skip
     return (
         f"{count} images: {marks[10]:.0f} MB at 10 %, {marks[100]:.0f} MB at 100 % ({marks[100] / marks[10]:.3f}), "

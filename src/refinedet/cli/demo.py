@@ -23,7 +23,7 @@ def demo(
     port: int = 7860,
     device: Device = "auto",
 ) -> int:
-    """Try a model on a page in the browser, on this machine: boxes, and the steps that lead to them.
+    """Try a model on a page in the browser of this machine.
 
     It runs until Ctrl-C.
 
