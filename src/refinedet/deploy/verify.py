@@ -129,7 +129,9 @@ def blank_image() -> Pixels:
     return np.full((300, 1, 3), 127, dtype=np.uint8)
 
 
-def verify(model: RefineDet, exported: Runtime, images: Sequence[Pixels]) -> Verification:
+def verify(
+    model: RefineDet, exported: Runtime, images: Sequence[Pixels], batches: tuple[int, ...] = BATCHES
+) -> Verification:
     """Compare an exported file with the detector that it was made of.
 
     Both get the same resized pixels. PyTorch keeps boxes by ``model.postprocess`` on the CPU, which is another program
@@ -138,17 +140,21 @@ def verify(model: RefineDet, exported: Runtime, images: Sequence[Pixels]) -> Ver
     Args:
         model: the detector in PyTorch.
         exported: the file.
-        images: (H, W, 3) uint8 RGB; each is compared at every size of ``BATCHES``.
+        images: (H, W, 3) uint8 RGB; each is compared at every batch size.
+        batches: the batch sizes.
 
     Raises:
         RefineDetError: a difference that rounding does not explain; of a file of lower precision, too few detections
             that agree.
     """
     result = Verification(
-        images=len(images), compared="anchors" if exported.raw else "detections", precision=exported.precision
+        images=len(images),
+        batches=batches,
+        compared="anchors" if exported.raw else "detections",
+        precision=exported.precision,
     )
     references = [] if exported.raw else [_reference(model, exported, image) for image in images]
-    for size in BATCHES:
+    for size in batches:
         for first in range(0, len(images), size):
             # The last batch is filled up from the front, so that every batch has its full size.
             chosen = [(first + offset) % len(images) for offset in range(size)]
