@@ -25,7 +25,15 @@ from refinedet.model.padded import PaddedArrays, finish, unpad
 from refinedet.model.postprocess import postprocess
 from refinedet.prediction import predict_ahead, predict_all
 from refinedet.preprocess import preprocess
-from refinedet.weights.folder import ModelInfo, check_category_ids, check_class_names, read_model, write_model
+from refinedet.weights.folder import (
+    ModelInfo,
+    check_category_ids,
+    check_class_names,
+    read_card,
+    read_model,
+    write_model,
+)
+from refinedet.weights.hub import check_hub_id, hub_card, publish
 from refinedet.weights.store import find_model
 
 if TYPE_CHECKING:
@@ -72,6 +80,8 @@ class RefineDet:
         """What was measured of these weights: figure, data, split, command; kept in config.json."""
         self.untrained: tuple[str, ...] = ()
         """Parts of the network that hold random numbers because the file that was imported lacks them."""
+        self.card = ""
+        """The text of the model card that the model came with."""
         self._said_untrained = False
         self.network = RefineDetNetwork(config).eval() if network is None else network
 
@@ -310,7 +320,9 @@ class RefineDet:
         return target
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | torch.device = "cpu") -> RefineDet:
+    def from_pretrained(
+        cls, name: str | Path, *, device: str | torch.device = "cpu", hub: str | Path | None = None
+    ) -> RefineDet:
         """Load a model.
 
         Args:
@@ -318,15 +330,56 @@ class RefineDet:
                 folder (its best/ is taken, else its last/), or "hf:owner/name" for a model on the Hugging Face hub.
                 Only the last uses the network.
             device: where the network goes.
+            hub: a folder in the layout of the hub, as ``push_to_hub`` writes it: "hf:owner/name" is looked for there
+                and nowhere else.
 
         Raises:
             UsageError: nothing of that name.
             RefineDetError: a file is missing, damaged, or does not fit its config.
         """
-        info, network = read_model(find_model(name))
+        folder = find_model(name, hub)
+        info, network = read_model(folder)
         detector = cls(info.config, info.class_names, network=network, category_ids=info.category_ids)
         detector.metrics, detector.untrained = info.metrics, info.untrained
+        detector.card = read_card(folder)
         return detector.to(device)
+
+    def push_to_hub(
+        self,
+        hub_id: str,
+        *,
+        hub: str | Path | None = None,
+        private: bool = False,
+        license: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Put the model and a full model card on the Hugging Face hub, or into a local folder of the same layout.
+
+        Args:
+            hub_id: "owner/name"; ``from_pretrained("hf:owner/name")`` then gives this model.
+            hub: a folder in the layout of the hub; nothing goes over the network.
+            private: whether a model that is new on the hub is only seen by its owner.
+            license: of the weights, as the hub names licences ("apache-2.0"); default: that of the card it came with.
+            token: of the hub; default: that of ``hf auth login``.
+
+        Returns:
+            The address on the hub, or the folder of the model.
+
+        Raises:
+            UsageError: no id of the hub.
+            RefineDetError: it cannot be uploaded or written.
+
+        Example:
+            >>> from refinedet import RefineDet
+            >>> model = RefineDet.from_pretrained("voc07-320-resnet18")
+            >>> folder = model.push_to_hub("me/pets", hub="models")
+            >>> RefineDet.from_pretrained("hf:me/pets", hub="models").class_names == model.class_names
+            True
+        """
+        hub_id = check_hub_id(hub_id)
+        card = hub_card(hub_id, self.config, self.class_names, self.metrics, earlier=self.card, license=license)
+        folder = None if hub is None else user_path(hub)
+        return publish(lambda part: self.save_pretrained(part, card=card), hub_id, folder, private=private, token=token)
 
 
 @dataclass(frozen=True)

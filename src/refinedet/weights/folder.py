@@ -39,6 +39,9 @@ from refinedet.weights.store import (
 _KEYS = {"format", "model", "class_names", "category_ids", "metrics", "untrained", "sha256"}
 _WRITING = threading.Lock()
 
+_LONGEST_CARD = 200_000
+"""Bytes of a model card that are read."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -120,6 +123,15 @@ def read_model(folder: Path) -> tuple[ModelInfo, RefineDetNetwork]:
             )
     load_weights(network, file.read(), str(path))
     return info, network.eval()
+
+
+def read_card(folder: Path) -> str:
+    """The text of a model's card; empty if there is none that can be read."""
+    try:
+        with (folder / CARD_FILE).open("rb") as file:
+            return file.read(_LONGEST_CARD).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def _read_config(path: Path) -> tuple[ModelInfo, str | None]:

@@ -8,7 +8,6 @@ memory is taken for it or for a network.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -27,11 +26,9 @@ from refinedet.errors import RefineDetError, UsageError
 from refinedet.files import user_path
 from refinedet.model.backbones import RESNETS, create_timm
 from refinedet.model.network import RefineDetNetwork
-from refinedet.weights import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from refinedet.weights import CONFIG_FILE, WEIGHTS_FILE
 from refinedet.weights.caffemodel import read_caffemodel
-
-HUB_PREFIX = "hf:"
-"""What a name of a model on the Hugging Face hub begins with; nothing else ever reaches the hub."""
+from refinedet.weights.hub import HUB_PREFIX, download, is_hub_id
 
 _TYPES = {
     "F64": torch.float64,
@@ -50,7 +47,7 @@ _NOT_READABLE = (
 # Finding -------------------------------------------------------------------------------------------------------------
 
 
-def find_model(name: str | Path) -> Path:
+def find_model(name: str | Path, hub: str | Path | None = None) -> Path:
     """The folder that a model's name stands for; see ``RefineDet.from_pretrained``.
 
     Raises:
@@ -62,7 +59,7 @@ def find_model(name: str | Path) -> Path:
     if bundled is not None:
         return bundled
     if text.startswith(HUB_PREFIX):
-        return _download(text.removeprefix(HUB_PREFIX))
+        return download(text.removeprefix(HUB_PREFIX), None if hub is None else user_path(hub))
     path = user_path(name)
     for folder in (path, path / "best", path / "last"):
         # Whoever writes a model renames the folder that it replaces; a kill at that moment leaves it under this name.
@@ -76,8 +73,8 @@ def find_model(name: str | Path) -> Path:
     if path.is_dir():
         raise UsageError(f"{path}: no {WEIGHTS_FILE} in this folder, nor in best/ or last/ under it")
     known = ", ".join(refinedet.weights.names()) or "none"
-    hub = f"; if it is a model on the Hugging Face hub, write {HUB_PREFIX}{text}" if _is_hub_id(text) else ""
-    raise UsageError(f"no model '{text}': neither a folder nor a bundled model (there is: {known}){hub}")
+    hint = f"; if it is a model on the Hugging Face hub, write {HUB_PREFIX}{text}" if is_hub_id(text) else ""
+    raise UsageError(f"no model '{text}': neither a folder nor a bundled model (there is: {known}){hint}")
 
 
 def previous_folder(folder: Path) -> Path:
@@ -96,22 +93,6 @@ def refuse_occupied(folder: Path) -> None:
         if (folder / name).exists():
             kind = "model" if name == WEIGHTS_FILE else "run"
             raise UsageError(f"{folder}: holds a {kind} already; choose another --out")
-
-
-def _is_hub_id(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-
-
-def _download(hub_id: str) -> Path:
-    if not _is_hub_id(hub_id):
-        raise UsageError(f"'{HUB_PREFIX}{hub_id}': a model on the hub is written {HUB_PREFIX}owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE, CARD_FILE]))
-    except Exception as error:
-        # The hub's client raises HTTP, cache and name errors of its own and of two libraries; all mean the same here.
-        raise RefineDetError(f"'{hub_id}' could not be downloaded from the hub ({type(error).__name__})") from None
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
