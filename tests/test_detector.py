@@ -355,7 +355,7 @@ def test_a_turned_photograph_opened_by_pillow_is_turned_too(model: RefineDet, tm
     assert by_pillow.draw().shape == (540, 360, 3)  # found again by its file name, and enlarged
 
 
-@pytest.mark.parametrize("wrong", [None, 7, object(), {"a": 1}, np.zeros((2, 3)), torch.zeros(1, 3, 8, 8)])
+@pytest.mark.parametrize("wrong", [None, 7.5, object(), {"a": 1}, np.zeros((2, 3)), torch.zeros(1, 3, 8, 8)])
 def test_what_is_no_image_is_one_clear_error(model: RefineDet, wrong: Any) -> None:
     for source in (wrong, [wrong]):
         with pytest.raises(UsageError, match="is no image"):

@@ -242,6 +242,14 @@ def test_a_video_is_many_images_for_a_detector(tmp_path: Path) -> None:
     assert [detections.frame for detections, _ in mixed] == [None, 0, 2, 4, None]
 
 
+def test_what_may_never_end_is_no_list() -> None:
+    for source in (0, "rtsp://127.0.0.1/x", Video(3)):
+        with pytest.raises(UsageError, match=r"may never end, so predict has no list to return; use stream"):
+            predict_all(Brightness(), source)
+    with pytest.raises(UsageError, match="item 0 of the list, int 7, is no image"):
+        list(predict_ahead(Brightness(), [7]))
+
+
 def test_errors_of_a_video_among_images(tmp_path: Path) -> None:
     from PIL import Image
 

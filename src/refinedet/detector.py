@@ -39,7 +39,7 @@ from refinedet.weights.store import find_model
 if TYPE_CHECKING:
     from refinedet.explain import Explanation
     from refinedet.images import ImageSource, PixelSource
-    from refinedet.video import VideoSource
+    from refinedet.video import Video
 
 _LOG = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class RefineDet:
     @overload
     def predict(
         self,
-        source: Iterable[ImageSource | VideoSource] | VideoSource,
+        source: Iterable[ImageSource | Video] | Video,
         *,
         threshold: float | None = ...,
         batch_size: int = ...,
@@ -162,7 +162,7 @@ class RefineDet:
     ) -> list[Detections]: ...
     def predict(
         self,
-        source: ImageSource | VideoSource | Iterable[ImageSource | VideoSource],
+        source: ImageSource | Video | Iterable[ImageSource | Video],
         *,
         threshold: float | None = DEFAULT_THRESHOLD,
         batch_size: int = 8,
@@ -175,7 +175,7 @@ class RefineDet:
             source: one image: a path, an http(s) address, the bytes of a file, an open binary file, a Pillow image, a
                 NumPy array ((H, W, 3) RGB, also gray, RGBA, uint16) or a torch tensor ((C, H, W) or (H, W, C), uint8 or
                 floats in 0..1). Or many: a folder, a pattern such as ``"photos/*.jpg"``, a list, a generator, a video
-                (file, address of a stream, or ``Video``), or the number of a camera.
+                (file, address or ``Video``); ``stream`` also takes the number of a camera.
             threshold: lowest score returned; None returns all that post-processing keeps.
             batch_size: images per run of the network; fewer where they are very large.
             max_pixels: largest width times height of an image that is read; ``images.MAX_PIXELS`` if None.
@@ -203,7 +203,7 @@ class RefineDet:
 
     def stream(
         self,
-        sources: ImageSource | VideoSource | Iterable[ImageSource | VideoSource],
+        sources: ImageSource | Video | int | Iterable[ImageSource | Video],
         *,
         threshold: float | None = DEFAULT_THRESHOLD,
         batch_size: int = 8,

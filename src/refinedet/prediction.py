@@ -17,7 +17,7 @@ from refinedet.detections import Detections, check_threshold
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.pixels import Pixels
 from refinedet.sources import OneImage, holds_many, list_images
-from refinedet.video import Video
+from refinedet.video import Video, as_video
 
 
 class ArrayDetector(Protocol):
@@ -115,6 +115,9 @@ def predict_all(
     max_pixels: int | None = None,
 ) -> Detections | list[Detections]:
     """``predict_ahead`` to the end: one ``Detections`` for one image, a list where ``source`` holds many."""
+    video = as_video(source)
+    if video is not None and video.is_live:
+        raise UsageError(f"{video.name}: may never end, so predict has no list to return; use stream")
     many = holds_many(source)
     road = predict_ahead(model, source, threshold=threshold, batch_size=batch_size, max_pixels=max_pixels)
     results = [detections for detections, _ in road]

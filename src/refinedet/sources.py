@@ -236,7 +236,7 @@ def _kind(value: object) -> str:
 
 
 def _check_item(item: object, index: int) -> None:
-    if not is_one_image(item) and as_video(item) is None:
+    if not is_one_image(item) and (isinstance(item, int) or as_video(item) is None):
         raise UsageError(f"item {index} of the list, {_kind(item)}, is no image: an image is {KINDS}")
 
 

@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -43,10 +43,6 @@ _PIXELS_AHEAD = 32_000_000
 """Pixels that are decoded and not yet taken, at most; one frame is, however large it is."""
 _CUT_OFF = 1.0
 """Seconds that may be missing at the end of a video before it counts as cut off."""
-
-
-VideoSource: TypeAlias = "Video | int"
-"""A video beside paths and addresses: with its settings, or the number of a camera."""
 
 
 class Frame(NamedTuple):
