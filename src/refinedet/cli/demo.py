@@ -23,9 +23,9 @@ def demo(
     port: int = 7860,
     device: Device = "auto",
 ) -> int:
-    """Try a model on a page in the browser of this machine.
+    """Try a model on a page in the browser: boxes, and the steps to them.
 
-    It runs until Ctrl-C.
+    Only this machine reaches the page unless --host says otherwise. It runs until Ctrl-C.
 
     Args:
         weights: A bundled model (`refinedet models`), an exported file, a run folder, a folder of weights, or
