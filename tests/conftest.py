@@ -29,7 +29,12 @@ FullDisk = Callable[[int], AbstractContextManager[None]]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Make the marker known, and signals do what they do in a terminal."""
+    # A job in the background, or under nohup, ignores them, and so would the commands that the tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "shared_data: reads the real data in ../shared/data, skipped where it is absent")
 
 
