@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import random
 import shutil
@@ -102,9 +103,13 @@ def content(out: Path) -> dict[str, Any]:
         str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and "tensorboard" not in path.parts
     )
     weights = {name: (out / name / "model.safetensors").read_bytes() for name in (BEST_FOLDER, LAST_FOLDER)}
-    report = (out / "report/report.json").read_text()
+    report = json.loads((out / "report/report.json").read_text(), object_hook=_without_place_and_time)
     state["random_state"] = None if state["random_state"] is None else state["random_state"].tolist()
-    return {"state": state, "rows": rows, "files": files, "weights": weights, "report_length": len(report) // 200}
+    return {"state": state, "rows": rows, "files": files, "weights": weights, "report": report}
+
+
+def _without_place_and_time(members: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in members.items() if key not in ("weights", "run", "seconds_per_image", "date")}
 
 
 def make_data(root: Path, images: int = 12) -> Path:

@@ -30,15 +30,15 @@ def test_eight_photos_are_learned_by_heart(shared_data: Path, tmp_path: Path, mo
     )
     base = PRESETS["voc07-320-resnet18"]
     preset = Preset(
-        model=dataclasses.replace(base.model, image_size=(256, 256)),
+        model=dataclasses.replace(base.model, image_size=(192, 192)),
         train=TrainConfig(
-            iterations=260,
+            iterations=160,
             batch_size=8,
             learning_rate=0.01,
-            milestones=(200,),
+            milestones=(120,),
             warmup_iterations=20,
             gradient_clip_norm=10.0,
-            precision="bf16",
+            precision="auto",
             workers=1,
             evaluate_every=0,
             train_split="train",
