@@ -16,6 +16,7 @@ from refinedet.dataclass_json import to_dict
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.loading import load_detector
 from refinedet.runtime import Runtime
+from refinedet.video import Video
 
 onnx = pytest.importorskip("onnx")
 
@@ -161,3 +162,15 @@ def test_a_command_that_needs_torch_says_so() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: this command needs PyTorch")
     assert done.stderr.count("\n") == 1
+
+
+def test_videos(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from clips import write_clip
+
+    write_clip(tmp_path / "clip.mp4", 6)
+    model = Runtime(constant_model(tmp_path / "a.onnx"), threads=1)
+    found = list(model.stream(Video(tmp_path / "clip.mp4", every=2), batch_size=1))
+    assert [one.time for one in found] == pytest.approx([0, 0.2, 0.4])
+    assert [one.names for one in found] == [["dog"]] * 3
+    assert found[0].image_size == (160, 96)

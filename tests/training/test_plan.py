@@ -16,7 +16,7 @@ from refinedet.training.briefing import describe, doubts
 from refinedet.training.data import DataChoice, open_training_data
 from refinedet.training.plan import chosen_preset, fitted, iterations_for, name_of
 
-FINETUNE = PRESETS["finetune"]
+FINETUNE, CPU = PRESETS["finetune"], torch.device("cpu")
 
 
 @pytest.fixture
@@ -108,19 +108,27 @@ def preset(**changes: Any) -> Preset:
     ],
 )
 def test_choices_that_hurt_are_told(images: DetectionDataset, change: dict[str, Any], expected: str) -> None:
-    assert [line for line in doubts(preset(**change), images) if line.startswith(expected)]
+    assert [line for line in doubts(preset(**change), images, CPU) if line.startswith(expected)]
 
 
 def test_good_choices_give_no_notes(images: DetectionDataset) -> None:
-    assert doubts(preset(warmup_iterations=2, size_schedule=((0, 64), (5, 128))), images) == []
-    assert doubts(fitted(FINETUNE, images, ()), images) == []
+    assert doubts(preset(warmup_iterations=2, size_schedule=((0, 64), (5, 128))), images, CPU) == []
+    assert doubts(fitted(FINETUNE, images, ()), images, CPU) == []
+
+
+def test_bf16_on_a_processor_without_it_is_told(images: DetectionDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = preset(precision="bf16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert [note for note in doubts(chosen, images, CPU) if note.startswith("cpu has no fast bf16")]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert doubts(chosen, images, CPU) == []
 
 
 def test_classes_with_few_objects_are_named(images: DetectionDataset) -> None:
     few = images.subset([0, 1])
     counts = [sum(int((record.labels == label).sum()) for record in few.records) for label in (0, 1)]
     expected = f"fewer than 5 objects to learn from: cat ({counts[0]}), dog ({counts[1]})"
-    assert expected in doubts(preset(batch_size=2, iterations=5), few)
+    assert expected in doubts(preset(batch_size=2, iterations=5), few, CPU)
 
 
 def test_the_paragraph_tells_data_model_device_and_length(voc_folder: FolderFactory) -> None:

@@ -12,6 +12,7 @@ from refinedet.data.records import DetectionDataset
 from refinedet.model.network import count_parameters
 from refinedet.schedule import epochs_of
 from refinedet.training.data import TrainingData
+from refinedet.training.pace import choose_precision
 
 _FEW_OBJECTS = 5
 _MANY_EPOCHS = 300
@@ -76,7 +77,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def doubts(preset: Preset, images: DetectionDataset) -> list[str]:
+def doubts(preset: Preset, images: DetectionDataset, device: torch.device) -> list[str]:
     """Notes on choices that are known to hurt."""
     train, notes = preset.train, []
     if train.warmup_iterations >= train.iterations:
@@ -94,6 +95,8 @@ def doubts(preset: Preset, images: DetectionDataset) -> list[str]:
     epochs = epochs_of(train, len(images))
     if epochs > _MANY_EPOCHS:
         notes.append(f"{epochs:.0f} epochs: more than {_MANY_EPOCHS} rarely help; fewer --iterations save time")
+    if train.precision == "bf16" and choose_precision("auto", device) != "bf16":
+        notes.append(f"{device.type} has no fast bf16 here and may be many times slower with it; use --precision auto")
     if train.batch_size > len(images):
         notes.append(f"batches of {train.batch_size} exceed the {len(images)} images; lower --batch-size")
     counts = _objects_of_classes(images)

@@ -218,7 +218,7 @@ def _train(call: Call, folder: RunFolder, world: World, signals: SignalGuard, en
     if world.is_main:
         data.save_lists(folder.path)
         _LOG.info("%s", describe(config.preset, data, model.network, config.init_weights, world.device, seconds))
-        for doubt in doubts(config.preset, data.train):
+        for doubt in doubts(config.preset, data.train, world.device):
             _LOG.warning("%s", doubt)
     return _run(session, signals, ends)
 
