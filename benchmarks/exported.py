@@ -3,7 +3,7 @@
     python -m benchmarks.exported VOCdevkit/VOC2007/JPEGImages coco/images --count 98 --vgg16 vgg16_features.safetensors
 
 Prints a row for each network and engine: how many photos, how many detections are equal at batch 1, 2, 5 and 8, the
-largest differences, ties, and faults, which end the program with exit code 1. A picture of 300 x 1 pixels and one on
+largest differences, ties, and faults, which end the program with exit code 1. An image of 300 x 1 pixels and one on
 which nothing is found come beside the photos.
 
 The ResNet-18 networks have the weights of the bundled model, with its classes, with one of them, and with COCO's 80, of
@@ -100,7 +100,7 @@ def _with_random_heads(config: ModelConfig, names: tuple[str, ...], backbone: Pa
 
 
 def photos_of(sources: list[str], count: int) -> list[Pixels]:
-    """Photos drawn evenly from each source with a fixed seed, then a narrow and an empty picture."""
+    """Photos drawn evenly from each source with a fixed seed, then a narrow and an empty image."""
     drawn = []
     for number, source in enumerate(sources):
         files = find_images([source], recursive=True).files

@@ -189,7 +189,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
         frame.sample_rate = 44_100
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    with pytest.raises(RefineDetError, match="has no pictures, only sound"):
+    with pytest.raises(RefineDetError, match="has no video stream, only audio"):
         list(Video(path).frames())
     with pytest.raises(UsageError, match="no such file"):
         list(predict_ahead(Brightness(), str(tmp_path / "none.mp4")))

@@ -118,8 +118,8 @@ def show_boxes(seen: Seen | None, threshold: float) -> tuple[Pixels | None, list
     """The image with the boxes of at least that score, and a row for each."""
     if seen is None:
         return None, []
-    pixels, found, _ = seen
-    kept = found.filter(threshold=threshold)
+    pixels, detections, _ = seen
+    kept = detections.filter(threshold=threshold)
     rows = [[printable(item.name), round(item.score, 3), *(round(float(x), 1) for x in item.box)] for item in kept]
     return kept.draw(pixels), rows
 

@@ -377,8 +377,8 @@ class Detections:
 
     def _repr_html_(self) -> str:
         """The drawn image and the table, for notebooks."""
-        picture = self._repr_png_()
-        image = f'<img src="data:image/png;base64,{base64.b64encode(picture).decode()}">' if picture else ""
+        drawn = self._repr_png_()
+        image = f'<img src="data:image/png;base64,{base64.b64encode(drawn).decode()}">' if drawn else ""
         return f"<div>{image}<pre>{html.escape(repr(self))}\n{html.escape(self.table())}</pre></div>"
 
 

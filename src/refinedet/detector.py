@@ -263,16 +263,16 @@ class RefineDet:
         with torch.inference_mode(), torch.autocast(self.device.type, mixed, enabled=precision in ("bf16", "fp16")):
             inputs = inputs.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
             outputs = evaluation_view(self.network)(inputs)
-            found = postprocess(outputs, self.config)
+            padded = postprocess(outputs, self.config)
             # Scores that are no numbers pass no threshold, which would read as an image without objects.
             if not bool(outputs.odm_logits.isfinite().all()):
                 raise RefineDetError(
                     "the network's outputs are not finite: its weights are ruined, or too large for "
                     f"{str(outputs.odm_logits.dtype).removeprefix('torch.')}"
                 )
-        arrays = (tensor.cpu().numpy() for tensor in (found.boxes, found.scores, found.labels, found.counts))
-        padded = PaddedArrays(*arrays)
-        results = unpad(padded, images, (height, width), self.class_names, self.config.inference)
+        arrays = (tensor.cpu().numpy() for tensor in (padded.boxes, padded.scores, padded.labels, padded.counts))
+        padded_arrays = PaddedArrays(*arrays)
+        results = unpad(padded_arrays, images, (height, width), self.class_names, self.config.inference)
         return finish(results, threshold=threshold, sources=sources)
 
     def explain(self, source: ImageSource, *, threshold: float = DEFAULT_THRESHOLD) -> Explanation:

@@ -136,7 +136,7 @@ def _failure(path: Path, error: BaseException) -> RefineDetError:
 
 
 class _Encoder:
-    """An open file with a stream of pictures and perhaps one of sound."""
+    """An open file with a video stream and perhaps an audio stream."""
 
     def __init__(self, path: Path, kind: str, original: Video | None, first: Pixels, time: float) -> None:
         av = self._av = pyav(str(path))
@@ -156,7 +156,7 @@ class _Encoder:
             self._stream.options = {"preset": "veryfast", "crf": "20"}
         else:
             self._stream.bit_rate = 6 * width * height
-        # Codecs get going from packets before the first picture, for which Matroska would move all pictures.
+        # Codecs get going from packets before the first frame, for which Matroska would move all frames.
         self._sound = _Sound(self._container, original, time, lead_in=0 if kind == "matroska" else _LEAD_IN)
         self.lost_sound = self._sound.lost
         self.write(first, time)
@@ -223,7 +223,7 @@ class _Sound:
                 self._target.mux(packet)
             try:
                 self._next = next(self._packets, None)
-            except (ValueError, OSError):  # the original is damaged here, which is said of its pictures
+            except (ValueError, OSError):  # the original is damaged here, which is said of its video
                 self._next = None
 
     def close(self) -> None:

@@ -177,7 +177,7 @@ class Video:
         av = pyav(self.name)
         with self.open() as container:
             if not container.streams.video:
-                raise RefineDetError(f"{self.name}: has no pictures, only sound")
+                raise RefineDetError(f"{self.name}: has no video stream, only audio")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             origin = None if self.is_live else start_of(container)

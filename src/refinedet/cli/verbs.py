@@ -262,7 +262,7 @@ def predict(
     lengths = [source.length() if isinstance(source, Video) else 1 for source in sources]
     total = None if None in lengths else sum(length or 0 for length in lengths)
     with ProgressBar("predicting", total) as bar, outputs.open(weights, detector, threshold):
-        found = predict_ahead(
+        predictions = predict_ahead(
             detector,
             sources,
             threshold=outputs.lowest_score(threshold),
@@ -270,7 +270,7 @@ def predict(
             max_pixels=max_pixels,
             on_error=lambda image, error: outputs.add_failure(image.name, error),
         )
-        for detections, pixels in found:
+        for detections, pixels in predictions:
             outputs.add(detections, pixels, table=not (quiet or outputs.uses_standard_output))
             del pixels  # Otherwise the image would stay in memory while the next is decoded.
             bar(outputs.count)

@@ -57,7 +57,7 @@ _LISTED = 4
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryEntry:
     """An image of the page, written already."""
 
     file: str | None
@@ -84,7 +84,7 @@ class Gallery:
     """Heading."""
     text: str
     """What they have in common."""
-    pictures: list[Picture]
+    entries: list[GalleryEntry]
     """At least one."""
 
 
@@ -116,20 +116,18 @@ def write_galleries(report: Report, records: Sequence[Record], diagnosis: Diagno
     numbers = {"worst": 0, "good": 0}
     for kind, title, text, positions in sorts:
         stem = "good" if kind == "good" else "worst"
-        pictures = []
+        entries = []
         for position in positions:
             numbers[stem] += 1
             file = f"{stem}-{numbers[stem]:02d}.jpg"
-            pictures.append(
-                _write_picture(report, position, records[position], diagnosis.images[position], folder / file)
-            )
-        if pictures:
-            galleries.append(Gallery(kind, title, text, pictures))
-    _remove_pictures(folder, numbers)
+            entries.append(_write_entry(report, position, records[position], diagnosis.images[position], folder / file))
+        if entries:
+            galleries.append(Gallery(kind, title, text, entries))
+    _remove_images(folder, numbers)
     return galleries
 
 
-def write_suspects(report: Report, diagnosis: Diagnosis, folder: Path) -> list[Picture]:
+def write_suspects(report: Report, diagnosis: Diagnosis, folder: Path) -> list[GalleryEntry]:
     """Draw the surest suspected label errors into a folder, each in an image of its own.
 
     Args:
@@ -140,7 +138,7 @@ def write_suspects(report: Report, diagnosis: Diagnosis, folder: Path) -> list[P
     Raises:
         RefineDetError: the folder cannot be written to.
     """
-    pictures = []
+    entries = []
     for number, suspect in enumerate(report.suspects[:SUSPECTS], 1):
         record, own = report.records[suspect.position], report.detections[suspect.position]
         item = own[suspect.detection]
@@ -155,10 +153,10 @@ def write_suspects(report: Report, diagnosis: Diagnosis, folder: Path) -> list[P
             doubted[suspect.target] = True
         image = replace(whole, kept=kept, missed=doubted)
         path = folder / f"suspect-{number:02d}.jpg"
-        picture = _write_picture(report, suspect.position, record, image, path)
-        pictures.append(replace(picture, summary=suspect.kind, errors=[said]))
-    _remove_pictures(folder, {"suspect": len(pictures)})
-    return pictures
+        entry = _write_entry(report, suspect.position, record, image, path)
+        entries.append(replace(entry, summary=suspect.kind, errors=[said]))
+    _remove_images(folder, {"suspect": len(entries)})
+    return entries
 
 
 def _worst(detections: Sequence[Detections], diagnosis: Diagnosis) -> tuple[list[int], list[int]]:
@@ -188,7 +186,7 @@ def _good(diagnosis: Diagnosis) -> list[int]:
     return [index for index in np.argsort(-right, kind="stable").tolist() if right[index]][:GOOD_IMAGES]
 
 
-def _write_picture(report: Report, position: int, record: Record, image: ImageDiagnosis, path: Path) -> Picture:
+def _write_entry(report: Report, position: int, record: Record, image: ImageDiagnosis, path: Path) -> GalleryEntry:
     own = report.detections[position]
     wrong, missed = int(image.wrong.sum()), int(image.missed.sum())
     right = int((image.kept & (image.outcomes == Outcome.TRUE_POSITIVE)).sum())
@@ -197,22 +195,22 @@ def _write_picture(report: Report, position: int, record: Record, image: ImageDi
     try:
         pixels = report.dataset.load_image(report.indices[position])
     except RefineDetError:
-        return Picture(None, None, (0, 0), name, summary, _named_errors(own, image))
+        return GalleryEntry(None, None, (0, 0), name, summary, _named_errors(own, image))
     large = _drawn(pixels, record, own, image, _LARGEST_SIDE)
     small = _drawn(pixels, record, own, image, _THUMBNAIL_SIDE)
     thumbnail = path.with_name(f"{path.stem}-small.jpg")
     write_atomically(path, _saver(large))
     write_atomically(thumbnail, _saver(small))
-    return Picture(path.name, thumbnail.name, small.size, name, summary, _named_errors(own, image))
+    return GalleryEntry(path.name, thumbnail.name, small.size, name, summary, _named_errors(own, image))
 
 
 def _drawn(
     pixels: npt.NDArray[np.uint8], record: Record, own: Detections, image: ImageDiagnosis, side: int
 ) -> Image.Image:
     """A copy of at most ``side`` pixels with objects and wrong detections; what is most worth seeing on top."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    scale = np.array([picture.width / record.width, picture.height / record.height] * 2)
+    drawn = Image.fromarray(pixels)
+    drawn.thumbnail((side, side), Image.Resampling.LANCZOS)
+    scale = np.array([drawn.width / record.width, drawn.height / record.height] * 2)
     names = [printable(name) for name in own.class_names]
     ignored = record.difficult | record.crowd
     wrong = _surest_first(own, image)
@@ -224,7 +222,7 @@ def _drawn(
         texts += [names[label] for label in record.labels[chosen]]
         colors += [color] * int(chosen.sum())
     return Image.fromarray(
-        draw_boxes(np.asarray(picture), np.concatenate(boxes) * scale, np.arange(len(texts)), texts, colors=colors)
+        draw_boxes(np.asarray(drawn), np.concatenate(boxes) * scale, np.arange(len(texts)), texts, colors=colors)
     )
 
 
@@ -243,15 +241,15 @@ def _named_errors(own: Detections, image: ImageDiagnosis) -> list[str]:
     return listed + ([f"and {len(wrong) - _LISTED} more"] if len(wrong) > _LISTED else [])
 
 
-def _saver(picture: Image.Image) -> Callable[[Path], None]:
+def _saver(drawn: Image.Image) -> Callable[[Path], None]:
     # Thin lines in full colour: halved chroma would smear them.
     def save(path: Path) -> None:
-        picture.save(path, format="JPEG", quality=85, subsampling=0, comment=SIGNATURE)
+        drawn.save(path, format="JPEG", quality=85, subsampling=0, comment=SIGNATURE)
 
     return save
 
 
-def _remove_pictures(folder: Path, keep: dict[str, int]) -> None:
+def _remove_images(folder: Path, keep: dict[str, int]) -> None:
     """Remove those of an earlier page beyond the numbers to keep."""
     if not folder.is_dir():
         return

@@ -245,9 +245,9 @@ class MultiScale:
         sizes = [(image.shape[1], image.shape[0]) for image in images]
         runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for row, size in enumerate(sizes):
-            for number, one in enumerate(self.passes):
-                runs.setdefault(one.size(size), []).append((row, number))
-        found: dict[tuple[int, int], Detections] = {}
+            for number, run in enumerate(self.passes):
+                runs.setdefault(run.size(size), []).append((row, number))
+        detections: dict[tuple[int, int], Detections] = {}
         for (height, width), jobs in runs.items():
             at_once = max(1, self._pixels // (height * width))
             for first in range(0, len(jobs), at_once):
@@ -258,16 +258,16 @@ class MultiScale:
                 ]
                 answers = self._without_soft_nms.predict_arrays(inputs, size=(height, width))
                 for (row, number), answer in zip(part, answers, strict=True):
-                    found[row, number] = _counting(answer, self.passes[number])
+                    detections[row, number] = _counting(answer, self.passes[number])
         merged = [
-            self._merge([found[row, k] for k in range(len(self.passes))], sizes[row]) for row in range(len(sizes))
+            self._merge([detections[row, k] for k in range(len(self.passes))], sizes[row]) for row in range(len(sizes))
         ]
-        return merged if threshold is None else [one.filter(threshold=threshold) for one in merged]
+        return merged if threshold is None else [image.filter(threshold=threshold) for image in merged]
 
-    def _merge(self, found: Sequence[Detections], image_size: tuple[int, int]) -> Detections:
-        boxes = np.concatenate([one.boxes for one in found])
-        scores = np.concatenate([one.scores for one in found])
-        labels = np.concatenate([one.labels for one in found])
+    def _merge(self, detections: Sequence[Detections], image_size: tuple[int, int]) -> Detections:
+        boxes = np.concatenate([part.boxes for part in detections])
+        scores = np.concatenate([part.scores for part in detections])
+        labels = np.concatenate([part.labels for part in detections])
         soft_threshold = self.config.inference.score_threshold if self.form == "coco" else None
         parts = []
         for label in np.unique(labels).tolist():
@@ -287,17 +287,17 @@ class MultiScale:
         )
 
 
-def _counting(found: Detections, one: Pass) -> Detections:
+def _counting(detections: Detections, run: Pass) -> Detections:
     """What a pass may contribute, on the image as it was before it was mirrored."""
-    boxes = found.boxes
-    if one.flip:
-        width = np.float32(found.image_size[0])
+    boxes = detections.boxes
+    if run.flip:
+        width = np.float32(detections.image_size[0])
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
-    keep = one.counts(boxes)
+    keep = run.counts(boxes)
     return Detections(
         boxes=boxes[keep],
-        scores=found.scores[keep],
-        labels=found.labels[keep],
-        class_names=found.class_names,
-        image_size=found.image_size,
+        scores=detections.scores[keep],
+        labels=detections.labels[keep],
+        class_names=detections.class_names,
+        image_size=detections.image_size,
     )
