@@ -63,18 +63,22 @@ class DetectorGraph(nn.Module):
         # A product with the reciprocal, as in ``preprocess.normalize``.
         self.register_buffer("scale", 1.0 / torch.tensor(config.std).reshape(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> GraphDetections | Predictions:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Detect.
 
         Args:
             images: (B, H, W, 3) RGB in 0..255, float32 or uint8, resized to the network's input.
+
+        Returns:
+            The fields of ``GraphDetections`` or ``Predictions``, as a plain tuple: AOTInductor and ExecuTorch take no
+            other.
         """
         pixels = images.to(torch.float32).permute(0, 3, 1, 2)
         if self.config.channel_order == "bgr":
             pixels = pixels.flip(1)
         predictions: Predictions = self.network((pixels - self.mean) * self.scale)
         if self.raw:
-            return predictions
+            return tuple(predictions)
         found = postprocess(predictions, self.config, rounds=self.rounds)
         finite = predictions.odm_logits.isfinite().flatten(1).all(dim=1)
-        return GraphDetections(found.boxes, found.scores, found.labels, found.counts, found.settled, finite)
+        return (found.boxes, found.scores, found.labels, found.counts, found.settled, finite)
