@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ from refinedet.training.distributed import launch_command, share_of
 SOURCE = Path(__file__).parents[2] / "src"
 
 
-def torchrun(data: Path, out: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
+def torchrun(
+    data: Path, out: Path, *arguments: str, restarts: int = 0, program: Sequence[str] = ("-m", "refinedet")
+) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts",
-        str(restarts), "-m", "refinedet", "train", "smoke", "--data", str(data), "--out", str(out), "--train-split",
+        str(restarts), *program, "train", "smoke", "--data", str(data), "--out", str(out), "--train-split",
         "train", "--evaluate-split", "none", "--init-weights", "random", "--device", "cpu", "--batch-size", "5",
         "--iterations", "12", "--save-every", "2", "--log-every", "1", "--workers", "0", *arguments,
     ]  # fmt: skip
@@ -66,6 +69,33 @@ def test_one_line_for_all_processes(voc_folder: FolderFactory, tmp_path: Path) -
     assert launcher.returncode != 0
     assert len(re.findall(r"^error: .*cannot be shared by 2 processes; raise --batch-size$", text, re.MULTILINE)) == 1
     assert "site-packages/refinedet" not in text
+
+
+@pytest.mark.slow  # starts torch twice, twice
+def test_one_process_reads_the_annotations(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    data = voc_folder(images=12)
+    program = tmp_path / "told.py"
+    program.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        f"told = Path({str(tmp_path)!r}) / ('opened-by-' + os.environ['RANK'])\n"
+        "def hook(event, arguments):\n"
+        "    if event == 'open' and str(arguments[0]).endswith(('.xml', '.txt')) and 'voc' in str(arguments[0]):\n"
+        "        os.write(file, os.fsencode(arguments[0]) + b'\\n')\n"
+        "file = os.open(told, os.O_CREAT | os.O_WRONLY)\n"
+        "sys.addaudithook(hook)\n"
+        "from refinedet.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    text = torchrun(data, tmp_path / "run", "--iterations", "2", program=[str(program)]).communicate(timeout=300)[0]
+    assert "trained:" in text, text[-3000:]
+    opened = [(tmp_path / f"opened-by-{rank}").read_text().splitlines() for rank in range(2)]
+    assert len({line for line in opened[0] if line.endswith(".xml")}) == 12  # of all splits, for their class names
+    assert opened[1] == []
+
+    (data / "Annotations/000002.xml").write_text("<annotation")
+    text = torchrun(data, tmp_path / "faulty", program=[str(program)]).communicate(timeout=300)[0]
+    assert len(re.findall(r"^error: .*000002\.xml: ", text, re.MULTILINE)) == 1, text[-3000:]
 
 
 def test_shares_differ_by_one_at_most() -> None:

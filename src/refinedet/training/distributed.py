@@ -67,7 +67,7 @@ class World:
         """Let the first process do something; all get its result, or raise its error.
 
         Raises:
-            RefineDetError: what ``work`` raised.
+            UsageError, RefineDetError: what ``work`` raised.
         """
         if self.size == 1:
             return work()
@@ -76,7 +76,9 @@ class World:
             try:
                 outcome = [(work(), None)]
             except RefineDetError as error:
-                outcome = [(None, type(error)(str(error)))]
+                # Subclasses with other arguments cannot be made again by the processes that receive them.
+                kind = UsageError if isinstance(error, UsageError) else RefineDetError
+                outcome = [(None, kind(str(error)))]
         dist.broadcast_object_list(outcome)
         result, failure = outcome[0]
         if failure is not None:

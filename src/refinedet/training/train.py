@@ -186,7 +186,8 @@ def train(
 
 def _train(call: Call, folder: RunFolder, world: World, signals: SignalGuard, ends: Ends) -> Run:
     """Open the data, make the model, and hand both to a session."""
-    data = open_training_data(call.choice, call.preset.train)
+    # One process parses the annotations: many that read them at once would burden a shared file system.
+    data = world.on_main(lambda: open_training_data(call.choice, call.preset.train))
     check_data(data, call.preset, world)
     preset = call.fitted(data, world.device)
     model_config = dataclasses.replace(preset.model, num_classes=len(data.train.class_names))
@@ -270,7 +271,8 @@ def resume(
                 raise UsageError(
                     f"{path}: no such folder; if the data has moved: refinedet train --resume {folder.path} --data NEW"
                 )
-        opened = reopen_training_data(DataChoice.of_run(config), config.preset.train, folder.path)
+        choice, settings = DataChoice.of_run(config), config.preset.train
+        opened = world.on_main(lambda: reopen_training_data(choice, settings, folder.path))
         check_data(opened, config.preset, world)
         if iterations is not None or epochs is not None:
             config = extended(folder, config, iterations, epochs, len(opened.train), world)
