@@ -1,20 +1,25 @@
-"""One image from a web address: a local server stands for the web."""
+"""Images from web addresses and object stores: a local server and a store in memory stand for them."""
 
 from __future__ import annotations
 
 import io
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.registry import _registry
+from fsspec.spec import AbstractFileSystem
 from PIL import Image
 
 from refinedet import fetch as fetch_module
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.fetch import fetch, is_address
 from refinedet.images import read_image
+from refinedet.sources import find_images, list_images
 
 
 def content() -> bytes:
@@ -106,3 +111,81 @@ def test_only_the_web(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [is_address(text) for text in ("http://a", "file:/a", "s3://b", "C:\\a.jpg", "photos/a.jpg", "a:b.jpg")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
+
+
+FILES: dict[str, bytes] = {}
+
+
+class Store(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """An object store in memory, which fsspec knows as s3."""
+
+    protocol = "s3"
+    cachable = False
+
+    def ls(self, path: str, detail: bool = True, **_: object) -> list[object]:
+        inside = [name.removeprefix(f"{path}/").split("/") for name in FILES if name.startswith(f"{path}/")]
+        found: list[object] = [
+            {"name": f"{path}/{first}", "size": 1, "type": "directory" if rest else "file"} for first, *rest in inside
+        ]
+        if path in FILES:
+            found.append({"name": path, "size": len(FILES[path]), "type": "file"})
+        if not found:
+            raise FileNotFoundError(path)
+        return found
+
+    def _open(self, path: str, *_: object, **__: object) -> io.BytesIO:
+        if path.endswith("/forbidden.jpg"):
+            raise RuntimeError("Access\nDenied")  # the libraries of stores have errors of their own
+        return io.BytesIO(FILES[path])
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    monkeypatch.setitem(_registry, "s3", Store)
+    FILES.clear()
+    FILES.update({f"bucket/photos/{name}": content() for name in ("b.png", "sub/a.PNG", "forbidden.jpg", ".c.png")})
+    FILES.update({"bucket/photos/notes.txt": b"none", "bucket/photos/d.heic": b"h", "bucket/photos/empty.png": b""})
+    return FILES
+
+
+def test_object_stores(store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fetch("s3://bucket/photos/b.png") == content()
+    assert read_image("s3://bucket/photos/b.png").shape == (10, 10, 3)
+    whole = ["b.png", "empty.png", "forbidden.jpg", "sub/a.PNG"]
+    for folder in ("s3://bucket/photos", "s3://bucket/photos/", "s3://bucket"):
+        found = find_images([folder])
+        assert found.files == [f"s3://bucket/photos/{name}" for name in whole]
+        assert found.note() == "passed over: 1 .heic (these formats cannot be read; convert the images to JPEG or PNG)"
+    assert find_images(["s3://bucket/photos/*.png"]).files == [
+        "s3://bucket/photos/b.png", "s3://bucket/photos/empty.png",
+    ]  # fmt: skip
+    assert find_images(["s3://bucket/photos/sub/a.PNG"]).files == ["s3://bucket/photos/sub/a.PNG"]
+    assert [image.name for image in list_images("s3://bucket/photos/sub")] == ["s3://bucket/photos/sub/a.PNG"]  # type: ignore[union-attr]
+    with pytest.raises(RefineDetError, match=r"^s3://bucket/photos/forbidden.jpg: cannot be read \(Access Denied\)$"):
+        fetch("s3://bucket/photos/forbidden.jpg")
+    with pytest.raises(RefineDetError, match="empty answer"):
+        fetch("s3://bucket/photos/empty.png")
+    with pytest.raises(RefineDetError, match=r"no-such\.png: cannot be read"):
+        fetch("s3://bucket/no-such.png")
+    with pytest.raises(UsageError, match=r"^s3://bucket/none: no images there$"):
+        find_images(["s3://bucket/none"])
+    monkeypatch.setattr(fetch_module, "MAX_BYTES", 50)
+    with pytest.raises(RefineDetError, match="larger than 0 MB"):
+        fetch("s3://bucket/photos/b.png")
+
+
+def test_a_chain_of_file_systems_reads_no_local_file(store: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(content())
+    for address in (f"s3::file://{tmp_path}/secret.png", f"simplecache::file://{tmp_path}/secret.png"):
+        with pytest.raises(UsageError, match=r"only http://, https:// and the object stores s3://, gs://"):
+            find_images([address])
+        with pytest.raises(RefineDetError):
+            fetch(address)
+    with pytest.raises(RefineDetError, match="cannot be read"):
+        fetch(f"s3://bucket::file://{tmp_path}/secret.png")
+
+
+def test_a_store_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(UsageError, match=r"^az://a/b: reading az:// needs a package: pip install adlfs$"):
+        find_images(["az://a/b"])

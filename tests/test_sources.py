@@ -105,8 +105,8 @@ def test_names_beyond_reason_are_one_line(name: str) -> None:
 def test_no_sources_and_strange_addresses() -> None:
     with pytest.raises(UsageError, match="no images given"):
         find_images([])
-    for address in ("ftp://example.com/a.jpg", "file:///etc/passwd", "file:/etc/passwd", "s3://bucket/a.jpg"):
-        with pytest.raises(UsageError, match="only http:// and https://"):
+    for address in ("ftp://example.com/a.jpg", "file:///etc/passwd", "file:/etc/passwd", "memory://bucket/a.jpg"):
+        with pytest.raises(UsageError, match="only http://, https:// and the object stores"):
             find_images([address])
 
 

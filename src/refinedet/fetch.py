@@ -1,4 +1,4 @@
-"""One image from a web address, with a limit on time and size."""
+"""Images from web addresses and object stores, with limits on time and size."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
+from typing import Any
 
 from refinedet.errors import RefineDetError, UsageError
+from refinedet.text import reason
 
 MAX_BYTES = 64 * 1024 * 1024
 """Largest image file that is downloaded."""
@@ -15,6 +17,9 @@ TIMEOUT = 20.0
 """Seconds without an answer after which a download is given up."""
 DEADLINE = 120.0
 """Seconds that a whole download may take."""
+STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+"""Schemes of object stores, which fsspec reads, and the package that each needs."""
+_SHOWN = 200
 
 
 def is_address(text: str) -> bool:
@@ -22,19 +27,96 @@ def is_address(text: str) -> bool:
     return "://" in text[:40] or text[:5].lower() == "file:"
 
 
-def fetch(address: str) -> bytes:
-    """The content behind an http or https address.
+def is_store(text: str) -> bool:
+    """Whether a text is the address of a file or folder in an object store, such as ``s3://bucket/photos``."""
+    return _scheme(text) in STORES and "://" in text
 
-    Only these two schemes are opened, also after a redirection: an address can never read a local file.
+
+def check_scheme(address: str) -> None:
+    """Refuse addresses that ``fetch`` does not open.
 
     Raises:
-        UsageError: another scheme.
+        UsageError: another scheme, or the package that reads this object store is missing.
+    """
+    scheme = _scheme(address)
+    if "://" not in address or scheme not in ("http", "https", *STORES):
+        raise UsageError(
+            f"{_shown(address)}: only http://, https:// and the object stores {', '.join(f'{s}://' for s in STORES)} "
+            "are read; give a path for a local file"
+        )
+    if scheme in STORES:
+        _open_store(address)
+
+
+def fetch(address: str) -> bytes:
+    """The content behind an http or https address, or of a file in an object store (``STORES``).
+
+    Only these schemes are opened, also after a redirection: an address can never read a local file.
+
+    Raises:
+        UsageError: another scheme, or the package that reads it is missing.
         RefineDetError: the server cannot be reached, refuses, answers too slowly, or sends more than ``MAX_BYTES``.
     """
-    shown = address if len(address) <= 200 else f"{address[:200]}..."
-    scheme = address.split(":", 1)[0].lower()
-    if scheme not in ("http", "https"):
-        raise UsageError(f"{shown}: only http:// and https:// addresses are fetched; give a path for a local file")
+    content = _read_store(address) if is_store(address) else _download(address)
+    if len(content) > MAX_BYTES:
+        limit = MAX_BYTES >> 20
+        raise RefineDetError(f"{_shown(address)}: larger than {limit} MB; download it and give the path of the file")
+    if not content:
+        raise RefineDetError(f"{_shown(address)}: the server sent an empty answer")
+    return content
+
+
+def list_store(address: str) -> list[str]:
+    """Addresses of all files below a folder of an object store, or that match a pattern there, sorted.
+
+    Raises:
+        UsageError: nothing there, or the package that reads it is missing.
+        RefineDetError: the store cannot be reached or refuses.
+    """
+    store = _open_store(address)
+    try:
+        path = store._strip_protocol(address)
+        files = store.glob(path) if any(sign in path for sign in "*?[") else store.find(path)
+    except Exception as error:  # each store raises the errors of its own library
+        raise RefineDetError(f"{_shown(address)}: cannot be searched ({reason(error, _SHOWN)})") from None
+    return [f"{_scheme(address)}://{file}" for file in sorted(files)]
+
+
+def _open_store(address: str) -> Any:
+    """The file system of an object store; a chain of several (``::``) is not followed, which could read local files."""
+    scheme = _scheme(address)
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme)
+    except ImportError:
+        raise UsageError(
+            f"{_shown(address)}: reading {scheme}:// needs a package: pip install {STORES[scheme]}"
+        ) from None
+    except Exception as error:  # credentials that cannot be used, for instance
+        raise RefineDetError(f"{_shown(address)}: cannot be opened ({reason(error, _SHOWN)})") from None
+
+
+def _read_store(address: str) -> bytes:
+    store = _open_store(address)
+    try:
+        with store.open(store._strip_protocol(address), "rb") as file:
+            return bytes(file.read(MAX_BYTES + 1))
+    except Exception as error:  # each store raises the errors of its own library
+        raise RefineDetError(f"{_shown(address)}: cannot be read ({reason(error, _SHOWN)})") from None
+
+
+def _scheme(address: str) -> str:
+    return address.partition("://")[0].lower()
+
+
+def _shown(address: str) -> str:
+    return address if len(address) <= _SHOWN else f"{address[:_SHOWN]}..."
+
+
+def _download(address: str) -> bytes:
+    check_scheme(address)
+    shown = _shown(address)
     deadline = time.monotonic() + DEADLINE
     content = bytearray()
     try:
@@ -43,8 +125,7 @@ def fetch(address: str) -> bytes:
             while chunk := answer.read1(1 << 16):
                 content += chunk
                 if len(content) > MAX_BYTES:
-                    limit = MAX_BYTES >> 20
-                    raise RefineDetError(f"{shown}: larger than {limit} MB; download it and give the path of the file")
+                    break
                 if time.monotonic() > deadline:
                     raise TimeoutError
     except urllib.error.HTTPError as error:
@@ -52,14 +133,10 @@ def fetch(address: str) -> bytes:
     except TimeoutError:
         raise RefineDetError(f"{shown}: the server is too slow; download the image and give its path") from None
     except (OSError, HTTPException, UnicodeError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise RefineDetError(f"{shown}: cannot be fetched ({reason})") from None
-    except RefineDetError:
-        raise
+        cause = getattr(error, "reason", None) or error
+        raise RefineDetError(f"{shown}: cannot be fetched ({cause})") from None
     except ValueError as error:  # an address without a host, or with characters that no address may hold
         raise UsageError(f"{shown}: not a valid address ({error})") from None
-    if not content:
-        raise RefineDetError(f"{shown}: the server sent an empty answer")
     return bytes(content)
 
 

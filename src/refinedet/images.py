@@ -41,7 +41,7 @@ class ReadableFile(Protocol):
 PixelSource: TypeAlias = "bytes | bytearray | memoryview | ReadableFile | Image.Image | npt.NDArray[Any] | torch.Tensor"
 """An image that is at hand."""
 ImageSource: TypeAlias = "str | os.PathLike[str] | PixelSource"
-"""One image: a path, an http(s) address, or an image that is at hand."""
+"""One image: a path, an address (http, https, or of an object store), or an image that is at hand."""
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from refinedet.errors import UsageError
-from refinedet.fetch import fetch, is_address
+from refinedet.fetch import check_scheme, fetch, is_address, is_store, list_store
 from refinedet.files import user_path
 from refinedet.images import (
     KINDS,
@@ -59,6 +59,7 @@ def find_images(sources: Iterable[str | os.PathLike[str]], *, recursive: bool = 
     Of a folder the images directly inside are taken, or with ``recursive`` those of its subfolders too (hidden ones and
     links to folders left out), sorted by name; a pattern such as ``photos/**/*.png`` gives its images, sorted; ``**``
     does not follow links to folders. A file named by itself is taken whatever its ending, an http(s) address as it is.
+    In an object store (``fetch.STORES``) folders are always searched with their subfolders.
 
     Raises:
         UsageError: a source that does not exist or holds no images, or no source at all.
@@ -79,7 +80,7 @@ def holds_many(source: object) -> bool:
         return not is_one_image(source)
     text = os.fspath(source)
     if isinstance(source, str) and is_address(text):
-        return False
+        return is_store(text) and (glob.has_magic(text) or not is_image_name(text.rsplit("/", 1)[-1]))
     path = user_path(os.fsdecode(os.fspath(source)))
     return _holds(path.is_dir) or (not _holds(path.exists) and glob.has_magic(str(path)))
 
@@ -89,8 +90,11 @@ def _files_of(source: str | os.PathLike[str], passed_over: Counter[str], recursi
     if isinstance(source, str) and as_video(source) is not None and (is_address(source) or source.isdigit()):
         return [source]
     if isinstance(source, str) and is_address(source):
-        if not source.lower().startswith(("http://", "https://")):
-            raise UsageError(f"{name}: only http:// and https:// addresses are fetched; give a path for a local file")
+        check_scheme(source)
+        if is_store(source) and not is_image_name(source.rsplit("/", 1)[-1]):
+            return _images_of(list_store(source), f"{name}: no images there", passed_over)
+        if is_store(source) and glob.has_magic(source):
+            return _images_of(list_store(source), f"{name}: no image matches this pattern", passed_over)
         return [source]
     path = user_path(os.fsdecode(os.fspath(source)))
     if _holds(path.is_dir):
@@ -118,11 +122,12 @@ def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
             yield from _files_in(child, recursive)
 
 
-def _images_of(files: list[Path], none_found: str, passed_over: Counter[str]) -> list[str]:
-    images = [str(file) for file in files if is_image_name(file.name)]
-    unreadable = Counter(
-        file.suffix.lower() for file in files if file.suffix.lower() in UNREADABLE_EXTENSIONS and file.name[0] != "."
-    )
+def _images_of(files: Sequence[str | Path], none_found: str, passed_over: Counter[str]) -> list[str]:
+    """Those of some paths or addresses that look like images; photographs in other formats are counted."""
+    names = [os.fspath(file).replace(os.sep, "/").rsplit("/", 1)[-1] for file in files]
+    images = [str(file) for file, name in zip(files, names, strict=True) if is_image_name(name)]
+    endings = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
+    unreadable = Counter(ending for ending in endings if ending in UNREADABLE_EXTENSIONS)
     if not images:
         note = ImageFiles(passed_over=unreadable).note()
         raise UsageError(none_found + (f"; {note}" if note else ""))

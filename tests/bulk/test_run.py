@@ -36,6 +36,42 @@ def sorted_rows(folder: Path) -> Any:
     return pa.concat_tables([pq.read_table(part) for part in sorted(folder.glob("*.parquet"))]).sort_by("path")
 
 
+@pytest.mark.slow  # starts a server, and workers
+def test_an_object_store(
+    tiny: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With s3fs, and a server of moto in the place of S3."""
+    pytest.importorskip("s3fs")
+    moto, boto3 = pytest.importorskip("moto.server"), pytest.importorskip("boto3")
+    server = moto.ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (("AWS_ENDPOINT_URL", f"http://{host}:{port}"), ("AWS_ACCESS_KEY_ID", "a"),
+                            ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_DEFAULT_REGION", "us-east-1")):  # fmt: skip
+            monkeypatch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for path in photos.rglob("*.jpg"):
+            client.upload_file(str(path), "bucket", f"photos/{path.relative_to(photos)}")
+        call = ["batch", str(tiny), "s3://bucket/photos", "--threshold", "0.1", "--workers", "2", "--batch-size", "2"]
+        assert cli.main([*call, "--out", str(tmp_path / "remote")]) == 1
+        output = capfd.readouterr()
+        assert output.err.startswith("error: s3://bucket/photos/3x.jpg: not an image")
+        assert cli.main([*call, "--out", str(tmp_path / "remote")]) == 1  # all is done
+        assert "0 new, 1 failed" in capfd.readouterr().out
+        assert cli.main([*call[:2], "s3://no-such-bucket/a", "--out", str(tmp_path / "none")]) in (1, 2)
+        assert capfd.readouterr().err.startswith("error: s3://no-such-bucket/a: ")
+    finally:
+        server.stop()
+    assert cli.main([*call[:2], str(photos), *call[3:], "--out", str(tmp_path / "local")]) == 1
+    remote, local = (sorted_rows(tmp_path / name).to_pylist() for name in ("remote", "local"))
+    for one, other in zip(remote, local, strict=True):
+        assert one.pop("path").removeprefix("s3://bucket/photos/") == os.path.relpath(other.pop("path"), photos)
+        assert (one.pop("error") is None) == (other.pop("error") is None)
+        assert one == other
+
+
 def names(tasks: list[list[str]]) -> list[list[str]]:
     return [[os.path.basename(path) for path in task] for task in tasks]
 
