@@ -88,8 +88,8 @@ class Sliced:
         model: Any,
         find: Callable[..., tuple[Any, Any, Any]] = by_supervision,
         *,
-        side: int = 500,
-        overlap: int = 100,
+        side: int = 640,
+        overlap: int = 128,
     ) -> None:
         self.model, self.find, self.side, self.overlap = model, find, side, overlap
         self.config, self.class_names = model.config, model.class_names
