@@ -19,8 +19,8 @@ from refinedet.training.train import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK: dict[str, Any] = {
-    "image_size": 64, "tcb_channels": 8, "workers": 0, "precision": "fp32", "log_every": 1, "device": "cpu",
-    "init_weights": "random",
+    "image_size": 64, "batch_size": 4, "tcb_channels": 8, "workers": 0, "precision": "fp32", "log_every": 1,
+    "device": "cpu", "init_weights": "random",
 }  # fmt: skip
 
 

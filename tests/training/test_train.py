@@ -47,7 +47,7 @@ def tiny(**changes: Any) -> Preset:
         "evaluate_every": 0,
         "train_split": "train",
         "evaluate_split": "val",
-        "size_schedule": ((0, 128), (5, 64)),
+        "size_schedule": ((0, 128), (1, 64)),
     }
     return Preset(model=model, train=TrainConfig(**{**settings, **changes}), summary="for tests")
 
@@ -90,7 +90,7 @@ def test_a_backbone_without_a_rate_keeps_what_it_knows_if_it_knows_anything(
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_four_and_six_iterations_are_ten_bit_for_bit(voc_folder: FolderFactory, tmp_path: Path, optimizer: str) -> None:
     data = voc_folder(images=12)
-    preset = tiny(optimizer=optimizer, save_every=4)
+    preset = tiny(optimizer=optimizer, save_every=4, size_schedule=((0, 128), (5, 64)))
     train(preset, data, out=tmp_path / "whole", init_weights="random", device="cpu")
 
     class PowerCutError(Exception):
@@ -124,7 +124,7 @@ def test_a_signal_saves_and_the_same_call_goes_on(
 ) -> None:
     caplog.set_level("INFO", "refinedet")
     data, out = voc_folder(images=6), tmp_path / "run"
-    preset = tiny(iterations=4, log_every=1)
+    preset = tiny(iterations=4, log_every=1, batch_size=2)
 
     def call(folder: Path, **rest: Any) -> Any:
         return train(preset, data, out=folder, init_weights="random", device="cpu", **rest)
@@ -341,7 +341,8 @@ def test_one_class_and_a_batch_of_one(voc_folder: FolderFactory, tmp_path: Path)
 
 def test_bf16_and_a_learning_rate_schedule_reach_the_log(voc_folder: FolderFactory, tmp_path: Path) -> None:
     train(
-        tiny(iterations=4, precision="bf16", log_every=1, warmup_iterations=2, milestones=(3,), evaluate_split="none"),
+        tiny(iterations=4, precision="bf16", log_every=1, warmup_iterations=2, milestones=(3,), evaluate_split="none",
+             batch_size=2, size_schedule=()),
         voc_folder(), out=tmp_path / "run", init_weights="random", device="cpu",
     )  # fmt: skip
     assert [float(row["learning_rate"]) for row in rows(tmp_path / "run")] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-4])
