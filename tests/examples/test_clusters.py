@@ -87,6 +87,6 @@ def trained(data: Path, out: Path, kills: int) -> dict[str, Any]:
 def test_a_worker_of_ray_train_that_is_killed_changes_nothing(voc_folder: FolderFactory, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     data = voc_folder(images=12)
-    whole, killed = trained(data, tmp_path / "whole/run", 0), trained(data, tmp_path / "killed/run", 2)
+    whole, killed = trained(data, tmp_path / "whole/run", 0), trained(data, tmp_path / "killed/run", 3)
     assert whole["iteration"] == killed["iteration"] == 12
     assert all(torch.equal(value, killed["network"][key]) for key, value in whole["network"].items())
