@@ -189,3 +189,15 @@ def test_a_store_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(UsageError, match=r"^az://a/b: reading az:// needs a package: pip install adlfs$"):
         find_images(["az://a/b"])
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "s3", "ftp"])
+def test_passwords_are_not_shown(scheme: str) -> None:
+    address = f"{scheme}://me:s3cr@et@127.0.0.1:9/a.jpg"
+    for call in (lambda: find_images([address]), lambda: fetch(address), lambda: read_image(address)):
+        with pytest.raises(UsageError, match=rf"^{scheme}://\*\*\*@127.0.0.1:9/a.jpg: ") as caught:
+            call()
+        assert "s3cr" not in str(caught.value)
+        assert "et@" not in str(caught.value)
+    fetch_module.check_no_password("abfs://container@account.dfs.core.windows.net/a.jpg")  # a name, no password
+    fetch_module.check_no_password("http://host:80/a:b@c.jpg")

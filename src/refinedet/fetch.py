@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +21,7 @@ DEADLINE = 120.0
 STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 """Schemes of object stores, which fsspec reads, and the package that each needs."""
 _SHOWN = 200
+_PASSWORD = re.compile(r"://[^/?#]*:[^/?#]*@")
 
 
 def is_address(text: str) -> bool:
@@ -36,8 +38,9 @@ def check_scheme(address: str) -> None:
     """Refuse addresses that ``fetch`` does not open.
 
     Raises:
-        UsageError: another scheme, or the package that reads this object store is missing.
+        UsageError: another scheme, a password in the address, or the package that reads this object store is missing.
     """
+    check_no_password(address)
     scheme = _scheme(address)
     if "://" not in address or scheme not in ("http", "https", *STORES):
         raise UsageError(
@@ -48,15 +51,29 @@ def check_scheme(address: str) -> None:
         _open_store(address)
 
 
+def check_no_password(address: str) -> None:
+    """Refuse ``user:password@`` in an address, which would be repeated in messages and results.
+
+    Raises:
+        UsageError: there is one; the message does not repeat it.
+    """
+    if _PASSWORD.search(address):
+        raise UsageError(
+            f"{_shown(address)}: addresses with a password are not read, since messages and results repeat addresses; "
+            "download the image and give its path"
+        )
+
+
 def fetch(address: str) -> bytes:
     """The content behind an http or https address, or of a file in an object store (``STORES``).
 
     Only these schemes are opened, also after a redirection: an address can never read a local file.
 
     Raises:
-        UsageError: another scheme, or the package that reads it is missing.
+        UsageError: another scheme, a password in the address, or the package that reads it is missing.
         RefineDetError: the server cannot be reached, refuses, answers too slowly, or sends more than ``MAX_BYTES``.
     """
+    check_no_password(address)
     content = _read_store(address) if is_store(address) else _download(address)
     if len(content) > MAX_BYTES:
         limit = MAX_BYTES >> 20
@@ -111,6 +128,8 @@ def _scheme(address: str) -> str:
 
 
 def _shown(address: str) -> str:
+    """An address as messages name it: shortened, and without a password."""
+    address = _PASSWORD.sub("://***@", address)
     return address if len(address) <= _SHOWN else f"{address[:_SHOWN]}..."
 
 

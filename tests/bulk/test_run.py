@@ -170,6 +170,9 @@ def test_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pq.write_table(pa.table({"id": [1, 2, 3, 4], "path": [line for line in lines if line]}), "lists/names.parquet")
     assert list_paths(Path("lists/names.parquet")) == expected
     pq.write_table(pa.table({"id": [1]}), "lists/other.parquet")
+    (tmp_path / "lists/secret.txt").write_text("http://host/a.jpg\nhttp://me:s3cret@host/b.jpg\n")
+    with pytest.raises(UsageError, match=r"^http://\*\*\*@host/b.jpg: addresses with a password"):
+        list_paths("lists/secret.txt")
     (tmp_path / "lists/empty.txt").write_text("\n")
     (tmp_path / "lists/damaged.parquet").write_text("x")
     for name in ("other.parquet", "empty.txt", "damaged.parquet"):
