@@ -101,7 +101,7 @@ def test_every_flipped_bit_is_noticed(saved: Path) -> None:
     path = saved / "model.safetensors"
     data = path.read_bytes()
     generator = random.Random(0)
-    for _ in range(16):
+    for _ in range(40):
         bit = generator.randrange(8 * len(data))
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
