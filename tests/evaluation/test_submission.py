@@ -54,7 +54,7 @@ class Guesser:
 
 def submit(model: Guesser, data: Path, split: str | None, metric: str, file: Path) -> dict[int, Detections]:
     """What ``refinedet evaluate --submission`` does."""
-    dataset = open_evaluation_data(data, split, model, require_annotations=False)
+    dataset = open_evaluation_data(data, split, model.class_names, require_annotations=False)
     plan_submission(file, dataset, metric)
     detections = collect_detections(model, dataset)
     assert write_submission(file, dataset, detections) == file

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from refinedet.bulk.parts import PartFolder, path_text, read_batch
-from refinedet.config import ModelConfig
 from refinedet.data import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
@@ -21,22 +16,6 @@ from refinedet.evaluation.settings import EvaluationSettings
 from refinedet.evaluation.sharing import check_class_names, share_classes
 from refinedet.labels import LabelFolder, LabelLayout
 from refinedet.training.data_check import require_few_repairs
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The model of a batch prediction as far as its manifest tells."""
-
-    class_names: tuple[str, ...]
-
-    @property
-    def config(self) -> ModelConfig:
-        return ModelConfig(num_classes=len(self.class_names))
-
-    def predict_arrays(
-        self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None
-    ) -> list[Detections]:
-        raise NotImplementedError("its detections are in the parts")
 
 
 def evaluate_batch(
@@ -73,16 +52,16 @@ def evaluate_batch(
         raise UsageError(f"limit must be at least 1, not {limit}")
     parts = PartFolder(folder)
     manifest = parts.manifest()
-    model = _Model(manifest.class_names)
-    dataset = open_evaluation_data(data, split, model, shared_classes=shared_classes, allow_outside=allow_outside)
+    class_names = manifest.class_names
+    dataset = open_evaluation_data(data, split, class_names, shared_classes=shared_classes, allow_outside=allow_outside)
     require_few_repairs(dataset)
-    shared = share_classes(model, dataset) if shared_classes else None
+    shared = share_classes(class_names, dataset) if shared_classes else None
     if shared is None:
-        check_class_names(dataset, manifest.class_names)
+        check_class_names(dataset, class_names)
     else:
         dataset = shared.dataset
     indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
-    detections = _of_images(parts, manifest.class_names, dataset, indices)
+    detections = _of_images(parts, class_names, dataset, indices)
     settings = EvaluationSettings(
         weights=manifest.model,
         score_threshold=manifest.threshold,

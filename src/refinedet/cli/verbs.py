@@ -149,7 +149,9 @@ def _open_for_server(
     from refinedet.loading import load_detector
 
     detector = load_detector(weights, device=device)
-    dataset = open_evaluation_data(data, split, detector, require_annotations=False, allow_outside=allow_outside)
+    dataset = open_evaluation_data(
+        data, split, detector.class_names, require_annotations=False, allow_outside=allow_outside
+    )
     return detector, dataset
 
 

@@ -232,7 +232,8 @@ def _evaluation_data(weights: str, detector: RefineDet, lower: Lower) -> tuple[D
 
     metric = None if lower.metric is None else check_metric(lower.metric)
     if lower.evaluate is not None:
-        return open_evaluation_data(user_path(lower.evaluate), lower.split, detector), metric or "voc07"
+        dataset = open_evaluation_data(user_path(lower.evaluate), lower.split, detector.class_names)
+        return dataset, metric or "voc07"
     run = find_run(weights) if lower.int8 else None
     if run is None:
         return None, metric or "voc07"

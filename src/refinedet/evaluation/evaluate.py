@@ -112,16 +112,15 @@ def evaluate(
     detector, weights = _load(model, device)
     if not isinstance(dataset := data, DetectionDataset):
         dataset = open_evaluation_data(
-            dataset, split, detector, shared_classes=shared_classes, allow_outside=allow_outside
+            dataset, split, detector.class_names, shared_classes=shared_classes, allow_outside=allow_outside
         )
         require_few_repairs(dataset)  # Of a dataset that was made smaller the repairs may be those of other images.
     runner, passes = _at_scales(detector, metric, batch_size) if multi_scale else (detector, ())
-    left_out = None
-    if shared_classes:
-        runner = shared = share_classes(runner, dataset)
-        dataset, left_out = shared.dataset, shared.left_out
-    else:
+    shared = share_classes(detector.class_names, dataset) if shared_classes else None
+    if shared is None:
         check_class_names(dataset, detector.class_names)
+    else:
+        dataset = shared.dataset
     if repaired := dataset.repaired():
         _log.warning("%s: repaired while reading: %s", dataset.path, printable(repaired))
     indices = range(len(dataset) if limit is None else min(limit, len(dataset)))
@@ -131,6 +130,8 @@ def evaluate(
     detections = collect_detections(
         runner, dataset, indices, batch_size=batch_size, threads=threads, threshold=threshold, on_progress=on_progress
     )
+    if shared is not None:
+        detections = {index: shared.only_shared(of_image) for index, of_image in detections.items()}
     seconds = time.perf_counter() - began  # before the images of a run are counted, which reads its annotations
     settings = replace(
         EvaluationSettings.of(detector, threshold),
@@ -139,7 +140,7 @@ def evaluate(
         limit=limit,
         multi_scale=multi_scale,
         passes=passes,
-        left_out=left_out,
+        left_out=None if shared is None else shared.left_out,
         run="" if run is None else str(run.folder),
         trained_on=None if run is None else run.count_trained_on(dataset, indices),
         seconds_per_image=seconds / max(1, len(indices)),
@@ -194,7 +195,7 @@ def default_split(data: str | Path) -> str:
 def open_evaluation_data(
     path: str | Path,
     split: str | None,
-    model: Detector,
+    class_names: tuple[str, ...],
     *,
     shared_classes: bool = False,
     require_annotations: bool = True,
@@ -205,7 +206,7 @@ def open_evaluation_data(
     Args:
         path: a folder or file that ``open_dataset`` understands.
         split: as for ``evaluate``.
-        model: its class names are those of the data, unless ``shared_classes`` is set.
+        class_names: of the model; those of the data, unless ``shared_classes`` is set.
         shared_classes: take the classes of the data, whatever they are.
         require_annotations: False also opens splits whose annotations are kept by a server.
         allow_outside: as for ``open_dataset``.
@@ -222,7 +223,7 @@ def open_evaluation_data(
         return open_dataset(
             path,
             split,
-            class_names=model.class_names,
+            class_names=class_names,
             require_annotations=require_annotations,
             allow_outside=allow_outside,
         )
@@ -235,8 +236,8 @@ def open_evaluation_data(
             own = open_dataset(path, split, allow_outside=allow_outside)
         except RefineDetError:
             raise error from None
-        if set(own.class_names) - set(model.class_names):
-            check_class_names(own, model.class_names)
+        if set(own.class_names) - set(class_names):
+            check_class_names(own, class_names)
         raise
 
 

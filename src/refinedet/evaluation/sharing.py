@@ -1,4 +1,4 @@
-"""A model on data of other classes: the classes that both have, as data and as a detector of just these."""
+"""A model on data of other classes: the classes that both have, and data and detections of just these."""
 
 from __future__ import annotations
 
@@ -8,22 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from refinedet.config import ModelConfig
 from refinedet.data import DetectionDataset
 from refinedet.data.classes import match_classes
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError
-from refinedet.evaluation.detector import Detector
 from refinedet.evaluation.settings import LeftOut
 from refinedet.text import printable
 
 
 @dataclass(frozen=True, eq=False)
 class SharedClasses:
-    """A detector of the classes that a model and data have in common; made by ``share_classes``."""
+    """The classes that a model and data have in common; made by ``share_classes``."""
 
-    detector: Detector
-    """The model itself."""
     dataset: DetectionDataset
     """The data with these classes only, by the data's names in the model's order."""
     new_label: npt.NDArray[np.int64]
@@ -32,22 +28,9 @@ class SharedClasses:
     """What only one of them has."""
 
     @property
-    def config(self) -> ModelConfig:
-        """The model's."""
-        return self.detector.config
-
-    @property
     def class_names(self) -> tuple[str, ...]:
         """The data's names of the shared classes."""
         return self.dataset.class_names
-
-    def predict_arrays(
-        self, images: list[npt.NDArray[np.uint8]], *, threshold: float | None = None
-    ) -> list[Detections]:
-        """Those detections of the model that are of a shared class."""
-        return [
-            self.only_shared(detections) for detections in self.detector.predict_arrays(images, threshold=threshold)
-        ]
 
     def only_shared(self, detections: Detections) -> Detections:
         """Those of the model's detections that are of a shared class, with the labels of the data."""
@@ -55,32 +38,32 @@ class SharedClasses:
         return replace(kept, labels=self.new_label[kept.labels], class_names=self.class_names)
 
 
-def share_classes(model: Detector, dataset: DetectionDataset) -> SharedClasses:
+def share_classes(class_names: Sequence[str], dataset: DetectionDataset) -> SharedClasses:
     """Prepare a model and data of different classes for an evaluation of those that both have.
 
     Classes are equal by name but for case, spaces, underscores and hyphens; the words of VOC and COCO for the same
     thing count as equal (airplane, aeroplane). Objects and detections of any other class are left out.
 
     Args:
-        model: any detector.
+        class_names: of the model.
         dataset: the data with all of its classes.
 
     Raises:
         RefineDetError: they have no class in common.
     """
-    matched = match_classes(model.class_names, dataset.class_names)
+    matched = match_classes(class_names, dataset.class_names)
     shared = list(dict.fromkeys(label for label in matched if label is not None))
     if not shared:
         raise RefineDetError(
-            f"{dataset.path}: the model has {list_classes(model.class_names)}, the data has "
+            f"{dataset.path}: the model has {list_classes(class_names)}, the data has "
             f"{list_classes(dataset.class_names)}; they share none, so nothing can be measured"
         )
     new_label = [-1 if label is None else shared.index(label) for label in matched]
     left_out = LeftOut(
-        model=tuple(name for name, label in zip(model.class_names, matched, strict=True) if label is None),
+        model=tuple(name for name, label in zip(class_names, matched, strict=True) if label is None),
         data=tuple(name for label, name in enumerate(dataset.class_names) if label not in shared),
     )
-    return SharedClasses(model, dataset.only_classes(shared), np.array(new_label, dtype=np.int64), left_out)
+    return SharedClasses(dataset.only_classes(shared), np.array(new_label, dtype=np.int64), left_out)
 
 
 def check_class_names(dataset: DetectionDataset, class_names: Sequence[str]) -> None:
