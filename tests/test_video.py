@@ -222,6 +222,7 @@ def test_what_is_taken_for_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert as_video(other) is None, other
     assert as_video("12") == Video(12)
     assert [Video(0).is_live, Video("rtsp://x").is_live, Video("http://x/a.mp4").is_live] == [True, True, False]
+    assert Video("rtsp://me:s3cr@et@door/1").name == "rtsp://***@door/1"
     for text in (Video("rtsp://me:secret@door/1").name, str(sources.find_images(["udp://127.0.0.1:5"]).files)):
         assert "secret" not in text
 

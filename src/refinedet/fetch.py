@@ -6,6 +6,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from glob import has_magic
 from http.client import HTTPException
 from typing import Any
 
@@ -21,7 +22,7 @@ DEADLINE = 120.0
 STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 """Schemes of object stores, which fsspec reads, and the package that each needs."""
 _SHOWN = 200
-_PASSWORD = re.compile(r"://[^/?#]*:[^/?#]*@")
+_USER = re.compile(r"://([^/?#]*)@")  # up to the last @, since a password may hold one
 
 
 def is_address(text: str) -> bool:
@@ -31,7 +32,7 @@ def is_address(text: str) -> bool:
 
 def is_store(text: str) -> bool:
     """Whether a text is the address of a file or folder in an object store, such as ``s3://bucket/photos``."""
-    return _scheme(text) in STORES and "://" in text
+    return scheme_of(text) in STORES and "://" in text
 
 
 def check_scheme(address: str) -> None:
@@ -41,7 +42,7 @@ def check_scheme(address: str) -> None:
         UsageError: another scheme, a password in the address, or the package that reads this object store is missing.
     """
     check_no_password(address)
-    scheme = _scheme(address)
+    scheme = scheme_of(address)
     if "://" not in address or scheme not in ("http", "https", *STORES):
         raise UsageError(
             f"{_shown(address)}: only http://, https:// and the object stores {', '.join(f'{s}://' for s in STORES)} "
@@ -57,11 +58,27 @@ def check_no_password(address: str) -> None:
     Raises:
         UsageError: there is one; the message does not repeat it.
     """
-    if _PASSWORD.search(address):
+    user = _USER.search(address)
+    if user is not None and ":" in user[1]:
         raise UsageError(
-            f"{_shown(address)}: addresses with a password are not read, since messages and results repeat addresses; "
-            "download the image and give its path"
+            f"{_shown(without_user(address))}: addresses with a password are not read, since messages and results "
+            "repeat addresses; download the image and give its path"
         )
+
+
+def without_user(address: str) -> str:
+    """An address as messages may name it: without a user's name and password.
+
+    Example:
+        >>> without_user("rtsp://me:secret@door/1")
+        'rtsp://***@door/1'
+    """
+    return _USER.sub("://***@", address)
+
+
+def scheme_of(address: str) -> str:
+    """The scheme of an address, such as "https"."""
+    return address.partition("://")[0].lower()
 
 
 def fetch(address: str) -> bytes:
@@ -73,7 +90,7 @@ def fetch(address: str) -> bytes:
         UsageError: another scheme, a password in the address, or the package that reads it is missing.
         RefineDetError: the server cannot be reached, refuses, answers too slowly, or sends more than ``MAX_BYTES``.
     """
-    check_no_password(address)
+    check_scheme(address)
     content = _read_store(address) if is_store(address) else _download(address)
     if len(content) > MAX_BYTES:
         limit = MAX_BYTES >> 20
@@ -93,15 +110,15 @@ def list_store(address: str) -> list[str]:
     store = _open_store(address)
     try:
         path = store._strip_protocol(address)
-        files = store.glob(path) if any(sign in path for sign in "*?[") else store.find(path)
+        files = store.glob(path) if has_magic(path) else store.find(path)
     except Exception as error:  # each store raises the errors of its own library
         raise RefineDetError(f"{_shown(address)}: cannot be searched ({reason(error, _SHOWN)})") from None
-    return [f"{_scheme(address)}://{file}" for file in sorted(files)]
+    return [f"{scheme_of(address)}://{file}" for file in sorted(files)]
 
 
 def _open_store(address: str) -> Any:
     """The file system of an object store; a chain of several (``::``) is not followed, which could read local files."""
-    scheme = _scheme(address)
+    scheme = scheme_of(address)
     try:
         import fsspec
 
@@ -123,18 +140,11 @@ def _read_store(address: str) -> bytes:
         raise RefineDetError(f"{_shown(address)}: cannot be read ({reason(error, _SHOWN)})") from None
 
 
-def _scheme(address: str) -> str:
-    return address.partition("://")[0].lower()
-
-
 def _shown(address: str) -> str:
-    """An address as messages name it: shortened, and without a password."""
-    address = _PASSWORD.sub("://***@", address)
     return address if len(address) <= _SHOWN else f"{address[:_SHOWN]}..."
 
 
 def _download(address: str) -> bytes:
-    check_scheme(address)
     shown = _shown(address)
     deadline = time.monotonic() + DEADLINE
     content = bytearray()

@@ -80,9 +80,14 @@ def holds_many(source: object) -> bool:
         return not is_one_image(source)
     text = os.fspath(source)
     if isinstance(source, str) and is_address(text):
-        return is_store(text) and (glob.has_magic(text) or not is_image_name(text.rsplit("/", 1)[-1]))
+        return _is_listed(text)
     path = user_path(os.fsdecode(os.fspath(source)))
     return _holds(path.is_dir) or (not _holds(path.exists) and glob.has_magic(str(path)))
+
+
+def _is_listed(address: str) -> bool:
+    """Whether an address names a folder or a pattern in an object store; a web server lists nothing."""
+    return is_store(address) and (glob.has_magic(address) or not is_image_name(address.rsplit("/", 1)[-1]))
 
 
 def _files_of(source: str | os.PathLike[str], passed_over: Counter[str], recursive: bool) -> list[str]:
@@ -91,10 +96,9 @@ def _files_of(source: str | os.PathLike[str], passed_over: Counter[str], recursi
         return [source]
     if isinstance(source, str) and is_address(source):
         check_scheme(source)
-        if is_store(source) and not is_image_name(source.rsplit("/", 1)[-1]):
-            return _images_of(list_store(source), f"{name}: no images there", passed_over)
-        if is_store(source) and glob.has_magic(source):
-            return _images_of(list_store(source), f"{name}: no image matches this pattern", passed_over)
+        if _is_listed(source):
+            which = "no image matches this pattern" if glob.has_magic(source) else "no images there"
+            return _images_of(list_store(source), f"{name}: {which}", passed_over)
         return [source]
     path = user_path(os.fsdecode(os.fspath(source)))
     if _holds(path.is_dir):
@@ -124,7 +128,7 @@ def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
 
 def _images_of(files: Sequence[str | Path], none_found: str, passed_over: Counter[str]) -> list[str]:
     """Those of some paths or addresses that look like images; photographs in other formats are counted."""
-    names = [os.fspath(file).replace(os.sep, "/").rsplit("/", 1)[-1] for file in files]
+    names = [Path(file).name for file in files]
     images = [str(file) for file, name in zip(files, names, strict=True) if is_image_name(name)]
     endings = [Path(name).suffix.lower() for name in names if not name.startswith(".")]
     unreadable = Counter(ending for ending in endings if ending in UNREADABLE_EXTENSIONS)

@@ -19,7 +19,7 @@ from refinedet.config import DEFAULT_THRESHOLD
 from refinedet.dataclass_json import to_dict
 from refinedet.detections import check_threshold
 from refinedet.errors import UsageError
-from refinedet.fetch import check_no_password, check_scheme, is_address
+from refinedet.fetch import check_no_password, check_scheme, is_address, scheme_of
 from refinedet.files import user_path
 from refinedet.loading import load_detector
 from refinedet.locks import lock_folder
@@ -255,11 +255,11 @@ def _listed(path: Path) -> list[str]:
     if not names:
         raise UsageError(f"{path}: names no images; a path in each line, or a column 'path', is expected")
     folder = str(path.parent)
-    for name in names:
-        if is_address(name):
-            check_no_password(name)
-    for address in {name.split("://", 1)[0]: name for name in names if is_address(name)}.values():
-        check_scheme(address)
+    addresses = [name for name in names if is_address(name)]
+    for address in addresses:
+        check_no_password(address)
+    for address in {scheme_of(address): address for address in addresses}.values():
+        check_scheme(address)  # which opens the store
     return [_absolute(name, folder) for name in names]
 
 
