@@ -1,4 +1,4 @@
-"""torchvision's SSD300-VGG16 under our conditions: our batches, our optimiser, our evaluator; its own loss and NMS.
+"""torchvision's SSD under our conditions: our backbone, batches, optimiser and evaluator; its own loss and NMS.
 
 torchvision counts background as label 0 and the classes from 1; here classes count from 0 and background comes last.
 ``ssd_targets`` and ``SSDPeer.predict_arrays`` are the only two places that translate.
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import ssd300_vgg16
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
@@ -22,14 +23,16 @@ from refinedet.config import ModelConfig, TrainConfig
 from refinedet.data.records import DetectionDataset
 from refinedet.detections import Detections
 from refinedet.loggers import ConsoleLogger, CsvLogger, LoggerGroup
-from refinedet.model.backbones import VGG16
+from refinedet.model.anchors import STRIDES
+from refinedet.model.backbones import VGG16, ResNet
 from refinedet.preprocess import preprocess
 from refinedet.training.batches import training_batches
 from refinedet.training.distributed import World
 from refinedet.training.matching import Targets
+from refinedet.training.optim import build_optimizer
 from refinedet.training.run import CHECKPOINT_FILE, METRICS_FILE, load_checkpoint, save_checkpoint
 from refinedet.training.trainer import Trainer
-from refinedet.weights.convert import fit
+from refinedet.weights.convert import Fitted, fit
 from refinedet.weights.store import WeightFile
 
 SIZE = (300, 300)
@@ -52,22 +55,53 @@ class _Prepared(nn.Module):
         return found
 
 
-def build_ssd(num_classes: int, weights: Mapping[str, Tensor] | None, source: str = "") -> SSD:
-    """SSD300-VGG16, every layer trained.
+LEVEL_SCALES = (0.1, 0.2, 0.4, 0.8, 1.05)
+"""Sides of the default boxes of strides 8 to 64 as a share of the input, and the one after them: RefineDet320's anchors,
+and the last scale of torchvision's SSD300."""
+LEVEL_RATIOS = ((2,), (2, 3), (2, 3), (2,))
+"""Aspect ratios beside 1 of each of these levels; each ratio comes with its inverse, as in SSD300."""
+
+
+class _Levels(ResNet):
+    """RefineDet's ResNet, its maps by name as torchvision's SSD wants them."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        """(B, 3, H, W) to four maps of strides 8, 16, 32 and 64."""
+        return {str(level): x for level, x in enumerate(super().forward(images))}
+
+
+def build_ssd(model: ModelConfig, weights: Mapping[str, Tensor] | None, source: str = "") -> SSD:
+    """SSD over the backbone of a RefineDet.
+
+    SSD300 as torchvision builds it if the backbone is VGG-16; over a ResNet, torchvision's heads, default boxes,
+    matching, loss and NMS on the maps of strides 8, 16, 32 and 64 that RefineDet uses.
 
     Args:
-        num_classes: object classes, background not counted.
-        weights: ImageNet weights of VGG-16 in torchvision's layout, fc6 and fc7 subsampled as in RefineDet's
-            backbone where they are there; None starts from random numbers.
+        model: num_classes, backbone, backbone_norm, frozen_stages, image_size.
+        weights: ImageNet weights of the backbone; VGG-16's in torchvision's layout, fc6 and fc7 subsampled as in
+            RefineDet's backbone where they are there; None starts from random numbers.
         source: where they are from, for messages.
 
     Raises:
-        RefineDetError: these are not weights of VGG-16.
+        RefineDetError: these are not weights of this backbone.
     """
-    network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes + 1)
+    fitted = None if weights is None else fit(WeightFile.of_state(weights, source), model)
+    if model.backbone == "vgg16":
+        network = _build_ssd300(model.num_classes, fitted)
+    else:
+        levels = _Levels(model.backbone, norm=model.backbone_norm, frozen_stages=model.frozen_stages)
+        if fitted is not None:
+            fitted.fill(nn.ModuleDict({"backbone": levels}))
+        boxes = DefaultBoxGenerator([list(ratios) for ratios in LEVEL_RATIOS], scales=[*LEVEL_SCALES], steps=[*STRIDES])
+        network = SSD(levels, boxes, model.image_size, num_classes=model.num_classes + 1)
     network.transform = _Prepared()
-    if weights is not None:
-        fitted = fit(WeightFile.of_state(weights, source), ModelConfig(backbone="vgg16"))
+    return network
+
+
+def _build_ssd300(num_classes: int, fitted: Fitted | None) -> SSD:
+    """SSD300-VGG16, every layer trained."""
+    network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes + 1)
+    if fitted is not None:
         own = VGG16()
         fitted.fill(nn.ModuleDict({"backbone": own}))
         body, (*rest, fully_connected) = network.backbone.features, network.backbone.extra[0]
@@ -193,7 +227,10 @@ def train_ssd(
     Raises:
         RefineDetError: a loss that is no finite number, a bad checkpoint, a full disk.
     """
-    trainer = Trainer(SSDOutputs(peer.network), ssd_loss(peer.network), settings, World(0, 1, device))
+    outputs = SSDOutputs(peer.network)
+    # The optimiser looks for a backbone in what it is given: pretrained layers may have a rate of their own.
+    optimizer = build_optimizer(peer.network.to(device), settings)
+    trainer = Trainer(outputs, ssd_loss(peer.network), settings, World(0, 1, device), optimizer)
     checkpoint = folder / CHECKPOINT_FILE
     if checkpoint.exists():
         trainer.load_state(load_checkpoint(checkpoint))
@@ -215,4 +252,6 @@ def train_ssd(
         if not trainer.run(batches, loggers, save=save, stop=stop):
             return False
         save()
+    if trainer.average is not None:
+        outputs.load_state_dict(trainer.average.network.state_dict())
     return True

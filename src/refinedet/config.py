@@ -202,7 +202,8 @@ class ModelConfig(Checked):
     backbone_norm: Literal["batch", "frozen"] = "batch"
     """"frozen" keeps the backbone's batch-norm statistics and scales as they were imported; no effect on VGG-16."""
     frozen_stages: Annotated[int, Range(0, 5)] = 0
-    """Leading stages of a ResNet that are not trained: 1 is the stem, 2 the stem and layer1, and so on."""
+    """Leading stages that are not trained: of a ResNet 1 is the stem, 2 the stem and layer1, and so on; of VGG-16 the
+    blocks conv1 to conv5."""
     negative_threshold: Overlap = 0.99
     """Theta: an anchor whose negative confidence in the ARM exceeds this is filtered (paper, section 3; 1.0 filters
     nothing)."""

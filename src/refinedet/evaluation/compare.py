@@ -98,19 +98,13 @@ def compare(first: str | Path, second: str | Path, *, samples: int = SAMPLES, se
         raise RefineDetError(f"{runs[0].folder} and {runs[1].folder} held out no image in common")
     outcomes = []
     for run, dataset, index in zip(runs, datasets, position, strict=True):
-        by_id = _saved_detections(run, dataset)
+        by_id = saved_detections(run.folder, dataset)
         records = [dataset[index[path]] for path in shared]
         outcomes.append(match_objects([by_id[record.image_id] for record in records], records, len(names)))
     method: VocMethod = "11-point" if runs[0].metric == "voc07" else "area"
     whole = np.ones(len(shared))
     average_precision = np.stack([_weighted(of_run, whole, method) for of_run in outcomes])
-    rng = np.random.default_rng(seed)
-    differences = np.empty((samples, len(names) + 1))
-    for row in differences:
-        weights = np.bincount(rng.integers(0, len(shared), len(shared)), minlength=len(shared)).astype(np.float64)
-        drawn = np.stack([_weighted(of_run, weights, method) for of_run in outcomes])
-        row[:-1] = drawn[1] - drawn[0]
-        row[-1] = mean_of_defined(drawn[1]) - mean_of_defined(drawn[0])
+    differences = drawn_differences([(outcomes[0], outcomes[1])], method, samples=samples, seed=seed)
     defined = np.append(~np.isnan(average_precision[0]), True)
     interval = np.full((2, len(names) + 1), np.nan)
     # A class may have no object in a draw; such draws say nothing about it.
@@ -125,11 +119,43 @@ def compare(first: str | Path, second: str | Path, *, samples: int = SAMPLES, se
     )
 
 
-def _saved_detections(run: RunData, dataset: DetectionDataset) -> dict[int | str, Detections]:
-    """Image id to the detections that the run's last evaluation saved; images without any are empty."""
-    path = run.folder / REPORT_FOLDER / DETECTIONS_FILE
+def drawn_differences(
+    pairs: Sequence[tuple[Outcomes, Outcomes]], method: VocMethod, *, samples: int = SAMPLES, seed: int = 0
+) -> _Floats:
+    """Paired bootstrap: how the difference of two models varies when the images are drawn again with replacement.
+
+    Args:
+        pairs: outcomes of the first and the second model on the same N images; several pairs, of one training seed
+            each, are drawn together and averaged.
+        method: of the average precision.
+        samples: times that the images are drawn.
+        seed: of the draws.
+
+    Returns:
+        (samples, C + 1) AP of the second minus that of the first, class by class and then the mean over the classes;
+        nan for a class without objects in a draw.
+    """
+    images, classes = pairs[0][0].num_images, pairs[0][0].num_classes
+    rng = np.random.default_rng(seed)
+    differences = np.empty((samples, classes + 1))
+    for row in differences:
+        weights = np.bincount(rng.integers(0, images, images), minlength=images).astype(np.float64)
+        drawn = np.array([[_weighted(of_model, weights, method) for of_model in pair] for pair in pairs])
+        row[:-1] = (drawn[:, 1] - drawn[:, 0]).mean(axis=0)
+        row[-1] = np.mean([mean_of_defined(second) - mean_of_defined(first) for first, second in drawn])
+    return differences
+
+
+def saved_detections(folder: Path, dataset: DetectionDataset) -> dict[int | str, Detections]:
+    """Image id to the detections that the last evaluation in a run folder saved; images without any are empty.
+
+    Raises:
+        UsageError: there are none.
+        RefineDetError: they do not fit the images and classes of ``dataset``.
+    """
+    path = folder / REPORT_FOLDER / DETECTIONS_FILE
     if not path.is_file():
-        raise UsageError(f"{run.folder}: has no report ({path.name} is missing); it is written when a training ends")
+        raise UsageError(f"{folder}: has no report ({path.name} is missing); it is written when a training ends")
     label_of = {number: label for label, number in enumerate(dataset.category_ids or range(len(dataset.class_names)))}
     rows: dict[int | str, list[Any]] = {record.image_id: [] for record in dataset.records}
     try:

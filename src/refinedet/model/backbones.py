@@ -74,16 +74,18 @@ class VGG16(nn.Module):
     new_modules: ClassVar[tuple[str, ...]] = ("conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm")
     """Parts that no ImageNet weights come with."""
 
-    def __init__(self, *, fc6_dilation: int = 3) -> None:
+    def __init__(self, *, fc6_dilation: int = 3, frozen_stages: int = 0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        channels = 3
-        for width, repeats in zip(self.widths, (2, 2, 3, 3, 3), strict=True):
+        channels, frozen = 3, 0
+        for block, (width, repeats) in enumerate(zip(self.widths, (2, 2, 3, 3, 3), strict=True), 1):
             for _ in range(repeats):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = width
             layers.append(nn.MaxPool2d(2, 2))
+            frozen = len(layers) if block == frozen_stages else frozen
         self.features = nn.Sequential(*layers)
+        self.features[:frozen].requires_grad_(False)
         self.fc6 = nn.Conv2d(channels, self.fc_width, 3, padding=fc6_dilation, dilation=fc6_dilation)
         self.fc7 = nn.Conv2d(self.fc_width, self.fc_width, 1)
         self.conv6_1 = nn.Conv2d(self.fc_width, self.conv6_widths[0], 1)
@@ -308,7 +310,7 @@ Backbone = VGG16 | ResNet | TimmBackbone
 def build_backbone(config: ModelConfig) -> Backbone:
     """The backbone that the config names, with random weights."""
     if config.backbone == "vgg16":
-        return VGG16(fc6_dilation=config.fc6_dilation)
+        return VGG16(fc6_dilation=config.fc6_dilation, frozen_stages=config.frozen_stages)
     if config.backbone == "timm":
         return TimmBackbone(config.timm_name)
     return ResNet(
