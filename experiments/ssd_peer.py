@@ -56,8 +56,8 @@ class _Prepared(nn.Module):
 
 
 LEVEL_SCALES = (0.1, 0.2, 0.4, 0.8, 1.05)
-"""Sides of the default boxes of strides 8 to 64 as a share of the input, and the one after them: RefineDet320's anchors,
-and the last scale of torchvision's SSD300."""
+"""Sides of the default boxes of strides 8 to 64 as a share of the input: those of RefineDet320's anchors, and the last
+scale of torchvision's SSD300."""
 LEVEL_RATIOS = ((2,), (2, 3), (2, 3), (2,))
 """Aspect ratios beside 1 of each of these levels; each ratio comes with its inverse, as in SSD300."""
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import pytest
 
-from refinedet.config import AugmentConfig, InferenceConfig, LossConfig, ModelConfig, Preset, Range, TrainConfig
+from refinedet.config import AugmentConfig, InferenceConfig, LossConfig, ModelConfig, Preset, TrainConfig
 from refinedet.dataclass_json import from_dict, load_json, save_json, to_dict
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.presets import PRESETS, get_preset
+from refinedet.ranges import Range
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -168,21 +169,6 @@ def test_every_number_has_a_range(kind: type[Any]) -> None:
 
     hints = typing.get_type_hints(kind, include_extras=True)
     assert [name for name, hint in hints.items() if without_range(hint)] == []
-
-
-@pytest.mark.parametrize(
-    ("bounds", "inside", "outside"),
-    [
-        (Range(0, 1), (0, 0.5, 1), (-1e-9, 1.0000001)),
-        (Range(0, 1, above=True), (1e-30, 1), (0, 2)),
-        (Range(0, 1, below=True), (0, 0.999), (1,)),
-        (Range(64, 256, multiple_of=64), (64, 128, 256), (0, 65, 320)),
-        (Range(0, 1), (), (float("nan"), float("inf"))),
-    ],
-)
-def test_ranges(bounds: Range, inside: tuple[float, ...], outside: tuple[float, ...]) -> None:
-    assert [bounds.wanted(value) for value in inside] == [None] * len(inside)
-    assert all(bounds.wanted(value) for value in outside)
 
 
 @pytest.mark.parametrize(

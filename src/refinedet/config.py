@@ -6,15 +6,24 @@ Standard library only, so that ``--help`` answers without torch. The named prese
 
 from __future__ import annotations
 
-import functools
-import math
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from refinedet.errors import UsageError
+from refinedet.ranges import (
+    Checked,
+    Count,
+    CountOrZero,
+    Deviation,
+    Factor,
+    Level,
+    Mean,
+    Offset,
+    Overlap,
+    Range,
+    Share,
+    Side,
+    require,
+)
 
 DEFAULT_THRESHOLD = 0.4
 """Lowest score of the detections that prediction returns, in Python and on the command line."""
@@ -24,119 +33,6 @@ BackboneName = Literal[
 ]
 Precision = Literal["fp32", "bf16", "fp16", "auto"]
 Interpolation = Literal["linear", "area", "nearest", "cubic", "lanczos"]
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values that a number of a configuration may have; used as ``Annotated[float, Range(0, 1)]``."""
-
-    low: float
-    """Smallest value."""
-    high: float
-    """Largest value."""
-    above: bool = False
-    """The value must exceed ``low``."""
-    below: bool = False
-    """The value must stay under ``high``."""
-    multiple_of: int | None = None
-    """The value must be a multiple of this."""
-
-    def wanted(self, value: float) -> str | None:
-        """What ``value`` should be instead, as in "at least 1"; None if it is in the range."""
-        if not self.low <= value or (self.above and value == self.low):
-            return f"{'greater than' if self.above else 'at least'} {self.low:.12g}"
-        if not value <= self.high or (self.below and value == self.high):
-            return f"{'less than' if self.below else 'at most'} {self.high:.12g}"
-        if self.multiple_of is not None and value % self.multiple_of:
-            return f"a multiple of {self.multiple_of}"
-        return None
-
-
-# Upper bounds are far beyond use; they keep a corrupt file or a slip of the hand from taking all memory.
-Count = Annotated[int, Range(1, 10**9)]
-CountOrZero = Annotated[int, Range(0, 10**9)]
-Share = Annotated[float, Range(0, 1)]
-Overlap = Annotated[float, Range(0, 1, above=True)]
-Side = Annotated[int, Range(64, 4096, multiple_of=64)]
-Level = Annotated[float, Range(1, 8192)]
-Offset = Annotated[float, Range(1e-3, 1e3)]
-Mean = Annotated[float, Range(-1e4, 1e4)]
-Deviation = Annotated[float, Range(1e-3, 1e4)]
-Factor = Annotated[float, Range(0, 1e3)]
-
-
-class Checked:
-    """Checks every number of a configuration against its annotation when an instance is made."""
-
-    def __post_init__(self) -> None:
-        """Check all fields, then what depends on several of them.
-
-        Raises:
-            UsageError: a value of the wrong type, not finite, or out of range; the message names the field.
-        """
-        kind: Any = type(self)
-        for name, hint in _hints(kind).items():
-            value = getattr(self, name)
-            for wanted, item in _faults(hint, value):
-                whole = f" in {value!r}" if item is not value else ""
-                raise UsageError(f"{name} must be {wanted}, not {item!r}{whole}")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Rules between fields."""
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
-
-
-def _faults(hint: Any, value: Any, bounds: Range | None = None) -> Iterator[tuple[str, Any]]:
-    """What is wrong in ``value``: for each fault, what it should be and what it is."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        yield from _faults(arguments[0], value, next((a for a in arguments[1:] if isinstance(a, Range)), None))
-    elif origin in (types.UnionType, typing.Union):
-        if value is not None:
-            yield from _faults(next(a for a in arguments if a is not type(None)), value)
-    elif origin is Literal:
-        if value not in arguments:
-            yield f"one of {', '.join(map(repr, arguments))}", value
-    elif origin is tuple:
-        if not isinstance(value, (tuple, list)):
-            yield "a list of values", value
-            return
-        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(value):
-            yield f"{len(kinds)} values", value
-        for kind, item in zip(kinds, value, strict=False):
-            yield from _faults(kind, item)
-    elif hint is float or hint is int:
-        yield from _faults_of_number(hint, value, bounds)
-    elif not isinstance(value, hint):
-        yield {bool: "True or False", str: "a string"}.get(hint, f"a {hint.__name__}"), value
-
-
-def _faults_of_number(kind: type, value: Any, bounds: Range | None) -> Iterator[tuple[str, Any]]:
-    whole = kind is int
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        yield "a whole number" if whole else "a number", value
-    elif not whole and not _is_finite(value):
-        yield "a finite number", value
-    elif bounds is not None and (wanted := bounds.wanted(value)) is not None:
-        yield wanted, value
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond any float
-        return False
-
-
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} must be {wanted}, not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,21 +116,21 @@ class ModelConfig(Checked):
 
     def _check_together(self) -> None:
         timm = self.backbone == "timm"
-        _require(bool(self.timm_name) == timm, "timm_name", self.timm_name, "given with the backbone 'timm', and only")
-        _require(
+        require(bool(self.timm_name) == timm, "timm_name", self.timm_name, "given with the backbone 'timm', and only")
+        require(
             self.backbone_layout == "torchvision" or self.backbone in ("resnet50", "resnet101"),
             "backbone_layout",
             self.backbone_layout,
             f"'torchvision' for the backbone {self.backbone}",
         )
-        _require(not timm or self.backbone_norm == "batch", "backbone_norm", self.backbone_norm, "'batch' with timm")
-        _require(not timm or self.frozen_stages == 0, "frozen_stages", self.frozen_stages, "0 with timm")
-        _require(self.tcb or not self.tcb_attention, "tcb_attention", self.tcb_attention, "False without tcb")
-        _require(len(self.anchor_sizes) == 4, "anchor_sizes", self.anchor_sizes, "one size for each of the 4 levels")
-        _require(1 <= len(self.aspect_ratios) <= 32, "aspect_ratios", self.aspect_ratios, "1 to 32 ratios")
+        require(not timm or self.backbone_norm == "batch", "backbone_norm", self.backbone_norm, "'batch' with timm")
+        require(not timm or self.frozen_stages == 0, "frozen_stages", self.frozen_stages, "0 with timm")
+        require(self.tcb or not self.tcb_attention, "tcb_attention", self.tcb_attention, "False without tcb")
+        require(len(self.anchor_sizes) == 4, "anchor_sizes", self.anchor_sizes, "one size for each of the 4 levels")
+        require(1 <= len(self.aspect_ratios) <= 32, "aspect_ratios", self.aspect_ratios, "1 to 32 ratios")
         # Each of the four levels has a 3x3 convolution of nine times so many weights for the classes.
         head = (self.num_classes + 1) * len(self.aspect_ratios) * self.tcb_channels
-        _require(head <= 10**7, "num_classes", self.num_classes, "less with so many aspect ratios and channels")
+        require(head <= 10**7, "num_classes", self.num_classes, "less with so many aspect ratios and channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +156,7 @@ class AugmentConfig(Checked):
     """Chance that a second input is blended in and both keep their targets (not in the paper; for long trainings)."""
 
     def _check_together(self) -> None:
-        _require(len(self.interpolations) >= 1, "interpolations", self.interpolations, "at least one name")
+        require(len(self.interpolations) >= 1, "interpolations", self.interpolations, "at least one name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,13 +189,11 @@ class LossConfig(Checked):
     def _check_together(self) -> None:
         for stage in ("arm", "odm"):
             positive, negative = getattr(self, f"{stage}_positive_iou"), getattr(self, f"{stage}_negative_iou")
-            _require(
-                negative <= positive, f"{stage}_negative_iou", negative, f"at most {stage}_positive_iou {positive}"
-            )
+            require(negative <= positive, f"{stage}_negative_iou", negative, f"at most {stage}_positive_iou {positive}")
         # Between 0 and 1 the slope of (1 - p) ** gamma is infinite at p = 1, where easy anchors end up.
-        _require(self.focal_gamma == 0 or self.focal_gamma >= 1, "focal_gamma", self.focal_gamma, "0 or at least 1")
+        require(self.focal_gamma == 0 or self.focal_gamma >= 1, "focal_gamma", self.focal_gamma, "0 or at least 1")
         mining = self.classification == "mining"
-        _require(mining or not self.label_smoothing, "label_smoothing", self.label_smoothing, "0 with focal loss")
+        require(mining or not self.label_smoothing, "label_smoothing", self.label_smoothing, "0 with focal loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,6 +243,12 @@ class TrainConfig(Checked):
     """Memory layout of images and convolutions; faster on every current device."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    repeat_threshold: Share = 0.0
+    """Draw images of rare classes more often: those of a class that is in a share f of the images,
+    ``sqrt(repeat_threshold / f)`` times as often if f is smaller (Gupta et al., "LVIS", section 5.2, repeat factor
+    sampling). 0 draws all images equally often."""
+    mosaic_until: Share = 1.0
+    """Share of the iterations with mosaics and mixup (see ``augment``); in the rest all inputs are single images."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Seed of the weights, the order and the augmentation."""
     workers: Annotated[int, Range(0, 1024)] = 2
@@ -363,6 +263,9 @@ class TrainConfig(Checked):
     """Iterations between evaluations on the evaluation split; 0 evaluates only at the end."""
     evaluate_limit: Count | None = None
     """Use only so many images of the split in evaluations during training; the last evaluation uses all."""
+    patience: CountOrZero = 0
+    """End the training after this many evaluations in a row without a new best figure; 0 never does. Best with an
+    average of the weights (``ema_decay``), because the learning rate has not come down by then."""
     train_split: str = "trainval"
     """Split to train on, where the data has splits."""
     evaluate_split: str = "test"
@@ -377,12 +280,13 @@ class TrainConfig(Checked):
     """Matching and loss."""
 
     def _check_together(self) -> None:
-        _require(
+        require(
             self.batch_size % self.accumulation_steps == 0,
             "batch_size",
             self.batch_size,
             f"a multiple of accumulation_steps ({self.accumulation_steps})",
         )
+        require(self.patience == 0 or self.evaluate_every > 0, "patience", self.patience, "0 where evaluate_every is 0")
 
 
 @dataclass(frozen=True, kw_only=True)

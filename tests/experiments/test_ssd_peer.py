@@ -19,6 +19,7 @@ from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data.layouts import open_dataset
 from refinedet.errors import RefineDetError
 from refinedet.evaluation.evaluate import evaluate
+from refinedet.model.network import RefineDetNetwork
 from refinedet.training.matching import Targets
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_it_starts_from_the_weights_it_is_given() -> None:
     for index, inner, outer in zip(indices, widths, widths[1:], strict=False):
         weights[f"features.{index}.weight"] = torch.full((outer, inner, 3, 3), float(index)).half()
         weights[f"features.{index}.bias"] = torch.full((outer,), index + 0.5)
-    network = build_ssd(20, weights, "weights")
+    network = build_ssd(ModelConfig(), weights, "weights")
     layers = [one for one in network.backbone.modules() if isinstance(one, nn.Conv2d)]
     for layer, index in zip(layers, indices, strict=False):
         assert bool((layer.weight == index).all())
@@ -80,7 +81,32 @@ def test_it_starts_from_the_weights_it_is_given() -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
     del weights["features.28.weight"]
     with pytest.raises(RefineDetError, match=r"file: looks like .* but 'features\.28\.weight' is missing"):
-        build_ssd(20, weights, "file")
+        build_ssd(ModelConfig(), weights, "file")
+
+
+RESNET = ModelConfig(backbone="resnet18", num_classes=2, image_size=(128, 192), backbone_norm="frozen", frozen_stages=2)
+
+
+def test_over_a_resnet_it_has_the_backbone_of_refinedet_and_anchors_at_its_strides() -> None:
+    torch.manual_seed(0)
+    donor = RefineDetNetwork(RESNET).backbone
+    weights = {name: value for name, value in donor.state_dict().items() if not name.startswith("res6.")}
+    # What a file of torchvision's ResNet-18 has beside it.
+    weights |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    network = build_ssd(RESNET, weights, "weights")
+    own = network.backbone.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in weights.items() if name in own)
+    assert {name.partition(".")[0] for name in own} == {name.partition(".")[0] for name in donor.state_dict()}
+    frozen = {name for name, parameter in network.backbone.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, parameter in donor.named_parameters() if not parameter.requires_grad}
+    outputs, anchors = ssd_peer.SSDOutputs(network)(torch.zeros(2, 3, 128, 192))
+    # 4, 6, 6 and 4 boxes a cell, as in SSD: two squares, and two for each ratio.
+    cells = [16 * 24 * 4, 8 * 12 * 6, 4 * 6 * 6, 2 * 3 * 4]
+    assert outputs["cls_logits"].shape == (2, sum(cells), 3)
+    assert [tuple(each.shape) for each in anchors] == [(sum(cells), 4)] * 2
+    starts = np.cumsum([0, *cells[:-1]])
+    centres = [((anchors[0][s, :2] + anchors[0][s, 2:]) / 2).tolist() for s in starts]
+    assert centres[:3] == [pytest.approx([stride / 2] * 2, abs=0.01) for stride in (8, 16, 32)], "strides 8 to 64"
 
 
 def test_three_and_three_iterations_are_six_bit_for_bit(voc_folder: FolderFactory, tmp_path: Path) -> None:

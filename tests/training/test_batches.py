@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data import open_dataset
 from refinedet.data.records import DetectionDataset
 from refinedet.preprocess import normalize, resize
-from refinedet.training.batches import Batch, Draw, EndlessOrder, training_batches
+from refinedet.training.batches import Batch, training_batches
 
 FolderFactory = Callable[..., Path]
 SIZE = (64, 64)
@@ -24,57 +22,6 @@ MODEL = ModelConfig(backbone="resnet18", num_classes=2, image_size=SIZE)
 PLAIN = AugmentConfig(
     photometric=False, expand_probability=0.0, crop=False, flip_probability=0.0, interpolations=("linear",)
 )
-
-
-def order_of(length: int, config: TrainConfig, **settings: int) -> list[list[Draw]]:
-    return list(EndlessOrder(length, config, SIZE, **settings))
-
-
-@settings(max_examples=60, deadline=None)
-@given(length=st.integers(1, 30), batch=st.integers(1, 12), iterations=st.integers(1, 12), seed=st.integers(0, 1000))
-def test_every_epoch_is_a_permutation(length: int, batch: int, iterations: int, seed: int) -> None:
-    config = TrainConfig(iterations=iterations, batch_size=batch, seed=seed)
-    passes = order_of(length, config)
-    assert [len(one) for one in passes] == [batch] * iterations
-    draws = [draw for one in passes for draw in one]
-    assert [draw.number for draw in draws] == list(range(batch * iterations))
-    indices = [draw.index for draw in draws]
-    for start in range(0, len(indices), length):
-        epoch = indices[start : start + length]
-        assert len(set(epoch)) == len(epoch)
-        assert set(epoch) <= set(range(length))
-
-
-def test_epochs_and_seeds_differ() -> None:
-    config = TrainConfig(iterations=4, batch_size=50)
-    indices = [draw.index for one in order_of(100, config) for draw in one]
-    assert indices[:100] != indices[100:]
-    assert indices[:100] != list(range(100))
-    other = [draw.index for one in order_of(100, dataclasses.replace(config, seed=1)) for draw in one]
-    assert indices != other
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    length=st.integers(1, 25), world=st.sampled_from([1, 2, 3]), steps=st.sampled_from([1, 2]), start=st.integers(0, 5)
-)  # fmt: skip
-def test_ranks_and_steps_share_out_the_batch(length: int, world: int, steps: int, start: int) -> None:
-    config = TrainConfig(iterations=6, batch_size=12, accumulation_steps=steps, seed=3)
-    whole = [draw for one in order_of(length, dataclasses.replace(config, accumulation_steps=1)) for draw in one]
-    ranks = [order_of(length, config, rank=rank, world=world, start=start) for rank in range(world)]
-    assert {len(passes) for passes in ranks} == {(6 - start) * steps}
-    assert len(EndlessOrder(length, config, SIZE, world=world, start=start)) == (6 - start) * steps
-    assert {len(one) for passes in ranks for one in passes} == {12 // steps // world}
-    dealt = [draw for number in range(len(ranks[0])) for passes in ranks for draw in passes[number]]
-    assert dealt == whole[12 * start :]
-
-
-def test_size_schedule() -> None:
-    config = TrainConfig(iterations=6, batch_size=1, size_schedule=((1, 128), (3, 192)))
-    sizes = [one[0].side for one in order_of(4, config)]
-    assert sizes == [(64, 64), (128, 128), (128, 128), (192, 192), (192, 192), (192, 192)]
-    assert [one[0].side for one in order_of(4, config, start=4)] == sizes[4:]
-    assert EndlessOrder(4, TrainConfig(), (64, 128)).size_at(0) == (64, 128)
 
 
 @pytest.fixture
@@ -203,6 +150,26 @@ def test_mosaics_mix_images_and_survive_a_stop(dataset: DetectionDataset) -> Non
     assert_equal(batches_of(dataset, dataclasses.replace(config, workers=1), start=3), alone[3:])
     never = batches_of(dataset, dataclasses.replace(config, augment=AugmentConfig()))
     assert [batch.names for batch in never] == [batch.names for batch in alone]
+
+
+def test_mosaics_and_mixup_end_where_the_settings_say(dataset: DetectionDataset) -> None:
+    augment = AugmentConfig(mosaic_probability=1.0, mixup_probability=0.5)
+    config = TrainConfig(iterations=8, batch_size=2, workers=0, augment=augment, seed=1)
+    mixed = batches_of(dataset, config)
+    half = batches_of(dataset, dataclasses.replace(config, mosaic_until=0.5))
+    assert_equal(half[:4], mixed[:4])
+    alone = dataclasses.replace(augment, mosaic_probability=0.0, mixup_probability=0.0)
+    single = batches_of(dataset, dataclasses.replace(config, augment=alone))
+    # A single image draws no number to decide whether it is a mosaic; so it is the one of a training without mosaics.
+    assert_equal(half[4:], single[4:])
+
+
+def test_rare_classes_are_drawn_more_often(dataset: DetectionDataset) -> None:
+    config = TrainConfig(iterations=8, batch_size=2, workers=0, seed=1)
+    names = [batch.names for batch in batches_of(dataset, config)]
+    # Each class is in more than a thousandth of these images, so nothing changes; below 1 a threshold of 1 changes all.
+    assert [b.names for b in batches_of(dataset, dataclasses.replace(config, repeat_threshold=0.001))] == names
+    assert [b.names for b in batches_of(dataset, dataclasses.replace(config, repeat_threshold=1.0))] != names
 
 
 def test_kept_images_are_read_once_and_stay_what_they_are(

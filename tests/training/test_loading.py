@@ -11,6 +11,7 @@ import signal
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +21,8 @@ from refinedet.config import ModelConfig, TrainConfig
 from refinedet.data import open_dataset
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.training import batches
-from refinedet.training.batches import EndlessOrder, training_batches
+from refinedet.training.batches import training_batches
+from refinedet.training.order import EndlessOrder
 
 MODEL = ModelConfig(backbone="resnet18", num_classes=2, image_size=(64, 64))
 SETTINGS = TrainConfig(iterations=2000, batch_size=2, workers=2, milestones=(), train_split="train")
@@ -29,12 +31,12 @@ SETTINGS = TrainConfig(iterations=2000, batch_size=2, workers=2, milestones=(), 
 @given(batch=st.integers(1, 9), steps=st.integers(1, 3), world=st.integers(1, 4), seed=st.integers(0, 9))
 def test_uneven_shares_are_the_images_of_one_process_in_order(batch: int, steps: int, world: int, seed: int) -> None:
     config = TrainConfig(iterations=3, batch_size=batch * steps, accumulation_steps=steps, seed=seed, milestones=())
-    alone = list(EndlessOrder(7, config, (64, 64)))
+    alone = list(EndlessOrder(np.ones(7), config, (64, 64)))
     if world > batch:
         with pytest.raises(UsageError, match="cannot be shared"):
-            list(EndlessOrder(7, config, (64, 64), rank=0, world=world))
+            list(EndlessOrder(np.ones(7), config, (64, 64), rank=0, world=world))
         return
-    shares = [list(EndlessOrder(7, config, (64, 64), rank=rank, world=world)) for rank in range(world)]
+    shares = [list(EndlessOrder(np.ones(7), config, (64, 64), rank=rank, world=world)) for rank in range(world)]
     for number, draws in enumerate(alone):
         assert [draw for share in shares for draw in share[number]] == draws
         sizes = [len(share[number]) for share in shares]

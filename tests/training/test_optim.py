@@ -88,6 +88,17 @@ def test_groups_are_complete_and_disjoint(frozen: int) -> None:
     assert (biases["weight_decay"], biases["factor"]) == (0.0, 2.0)
 
 
+def test_blocks_of_vgg_that_are_frozen_do_not_learn() -> None:
+    with torch.device("meta"):
+        network = RefineDetNetwork(ModelConfig(frozen_stages=3))
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    # conv1_1, conv1_2, conv2_1, conv2_2, conv3_1 to conv3_3: torchvision's numbers.
+    assert frozen == {f"backbone.features.{n}.{kind}" for n in (0, 2, 5, 7, 10, 12, 14) for kind in ("weight", "bias")}
+    weights, biases = parameter_groups(network, TrainConfig())
+    assert len(biases["params"]) == 17 + 15 + 16 - 7
+    assert len(weights["params"]) == len(biases["params"]) + 2
+
+
 def test_vgg_biases_and_scales() -> None:
     with torch.device("meta"):
         network = RefineDetNetwork(ModelConfig())

@@ -21,9 +21,12 @@ import torch
 from conftest import FolderFactory
 from refinedet import trackers
 from refinedet.config import ModelConfig, Preset, TrainConfig
+from refinedet.data.records import DetectionDataset
+from refinedet.detections import Detections
 from refinedet.detector import RefineDet
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.evaluation.evaluate import evaluate
+from refinedet.training import session
 from refinedet.training.train import resume, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -506,3 +509,41 @@ def test_images_outside_of_the_data_are_trained_on_only_where_it_is_allowed(
     allowed = tiny(**settings, allow_outside=True)
     train(allowed, data, out=tmp_path / "run", init_weights="random", device="cpu")
     assert resume(tmp_path / "run", device="cpu").finished
+
+
+def test_patience_ends_a_training_that_no_longer_gains(
+    voc_folder: FolderFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = voc_folder(images=12)
+    preset = tiny(iterations=12, evaluate_every=2, evaluate_limit=1, patience=2, ema_decay=None)
+
+    def finds_nothing(model: RefineDet, dataset: DetectionDataset, indices: range, **_: Any) -> dict[int, Detections]:
+        return {i: Detections.empty(model.class_names, (dataset[i].width, dataset[i].height)) for i in indices}
+
+    # An mAP of 0 is the best at first; each 0 after it is no gain.
+    monkeypatch.setattr(session, "collect_detections", finds_nothing)
+    caplog.set_level("INFO")
+    run = train(preset, data, out=tmp_path / "run", init_weights="random", device="cpu")
+    assert run.finished
+    assert run.report is not None
+    assert run.report.images > 1, "the report is of all images, whatever the limit on the way"
+    assert [row["iteration"] for row in rows(tmp_path / "run") if row["mAP"]] == ["2", "4", "6"]
+    assert (tmp_path / "run/report/index.html").is_file()
+    assert "2 evaluations without a new best figure: the training ends here (--patience)" in caplog.messages
+    before = (tmp_path / "run/last.ckpt").read_bytes()
+    resume(tmp_path / "run", device="cpu")
+    assert "finished before, 6 of 12 iterations; nothing was changed" in caplog.messages[-1]
+    assert (tmp_path / "run/last.ckpt").read_bytes() == before
+    # More iterations begin to count anew.
+    longer = resume(tmp_path / "run", iterations=16, device="cpu")
+    assert longer.finished
+    assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["iteration"] == 8 + 2
+
+
+def test_patience_needs_something_to_measure(voc_folder: FolderFactory, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="patience must be 0 where evaluate_every is 0, not 3"):
+        tiny(patience=3)
+    preset = tiny(patience=3, evaluate_every=2, evaluate_split="none")
+    with pytest.raises(UsageError, match="patience needs images to measure on"):
+        train(preset, voc_folder(), out=tmp_path / "run", init_weights="random", device="cpu")
+    assert not (tmp_path / "run").exists()

@@ -170,6 +170,21 @@ def test_it_saves_before_it_evaluates_and_evaluates_after_a_stop_between_the_two
     assert events == ["evaluate 2", "save 4", "evaluate 4", "save 5", "evaluate 5"]
 
 
+def test_an_evaluation_may_end_the_training() -> None:
+    events: list[str] = []
+    trainer = make(iterations=9, evaluate_every=2)
+
+    def evaluate() -> bool:
+        events.append(f"evaluate {trainer.iteration}")
+        return trainer.iteration == 4
+
+    assert trainer.run(
+        batches(), LoggerGroup([]), save=lambda: events.append(f"save {trainer.iteration}"), evaluate=evaluate
+    )
+    assert events == ["save 2", "evaluate 2", "save 4", "evaluate 4", "save 4"], "saved again: it has ended"
+    assert trainer.iteration == 4
+
+
 class _BadGradient(torch.autograd.Function):
     """The identity, with a gradient that is no number."""
 

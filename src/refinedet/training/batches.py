@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from refinedet.config import AugmentConfig, ModelConfig, TrainConfig
 from refinedet.data.augment import (
@@ -38,6 +38,7 @@ from refinedet.errors import RefineDetError, UsageError
 from refinedet.preprocess import normalize
 from refinedet.training.distributed import share_of
 from refinedet.training.matching import Targets
+from refinedet.training.order import Draw, EndlessOrder, repeat_factors
 
 LOADER_TIMEOUT = 300
 """Seconds without a batch after which the loading processes are given up."""
@@ -55,74 +56,6 @@ class Batch:
     """In pixels of ``images``."""
     names: list[str]
     """File of each image, for messages."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One image of the endless order."""
-
-    number: int
-    """Position in the training: image ``number`` belongs to iteration ``number // batch_size``."""
-    index: int
-    """Index in the data set."""
-    side: tuple[int, int]
-    """Height and width to render at."""
-
-
-class EndlessOrder(Sampler[list[Draw]]):
-    """Draws of each pass of one process: a new permutation every epoch, images dealt out over the processes.
-
-    Where a pass does not divide by the processes, shares differ by one image. What image n is never depends on them.
-
-    Args:
-        length: images in the data set.
-        config: batch size, accumulation, seed, size schedule.
-        image_size: height and width of the input where the schedule says nothing.
-        start: first iteration.
-        rank: number of this process.
-        world: number of processes; divides the batch of a pass.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        config: TrainConfig,
-        image_size: tuple[int, int],
-        *,
-        start: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.length, self.config, self.image_size = length, config, image_size
-        self.start, self.rank, self.world = start, rank, world
-
-    def size_at(self, iteration: int) -> tuple[int, int]:
-        """Height and width of the input at that iteration."""
-        size = self.image_size
-        for first, side in self.config.size_schedule:
-            if iteration >= first:
-                size = (side, side)
-        return size
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        config = self.config
-        per_pass = config.batch_size // config.accumulation_steps
-        share = share_of(per_pass, self.rank, self.world)
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for iteration in range(self.start, config.iterations):
-            size = self.size_at(iteration)
-            for step in range(config.accumulation_steps):
-                first = iteration * config.batch_size + step * per_pass
-                draws = []
-                for number in range(first + share.start, first + share.stop):
-                    if number // self.length != epoch:
-                        epoch = number // self.length
-                        order = np.random.default_rng([config.seed, epoch]).permutation(self.length)
-                    draws.append(Draw(number, int(order[number % self.length]), size))
-                yield draws
-
-    def __len__(self) -> int:
-        return (self.config.iterations - self.start) * self.config.accumulation_steps
 
 
 Sample = tuple[npt.NDArray[np.uint8], Tensor, Tensor, str]
@@ -173,6 +106,8 @@ class AugmentedImages(Dataset[Sample | RefineDetError]):
     def __getitem__(self, draw: Draw) -> Sample | RefineDetError:
         rng = np.random.default_rng([self.seed, 1, draw.number])
         try:
+            if draw.single:
+                return self._augmented(rng, draw.index, draw.side, self.augment)
             first = self._input(rng, draw.index, draw.side)
             if self.augment.mixup_probability and rng.random() < self.augment.mixup_probability:
                 return self._mixed(rng, first)
@@ -270,7 +205,8 @@ def training_batches(
     """
     images = AugmentedImages(dataset, model, config.augment, config.seed, keep=config.keep_images)
     size = image_size or model.image_size
-    order = EndlessOrder(len(dataset), config, size, start=start, rank=rank, world=world)
+    repeats = repeat_factors(dataset, config.repeat_threshold)
+    order = EndlessOrder(repeats, config, size, start=start, rank=rank, world=world)
     sides = [size[0] * size[1], *(side * side for _, side in config.size_schedule)]
     share = share_of(config.batch_size // config.accumulation_steps, rank, world)
     loader = DataLoader(

@@ -66,6 +66,8 @@ class Session:
         settings = config.preset.train
         smallest = len(share_of(settings.batch_size // settings.accumulation_steps, 0, world.size))
         sides = [*model.config.image_size, *(side for _, side in settings.size_schedule)]
+        if settings.patience and data.evaluation is None:
+            raise UsageError("patience needs images to measure on: give --evaluate-split, or leave --patience out")
         if smallest == 1 and min(sides) == 64 and any(isinstance(m, nn.BatchNorm2d) for m in model.network.modules()):
             raise UsageError("batch normalisation needs more than one image of side 64: raise --batch-size or the size")
         self.folder, self.config, self.model, self.world, self.settings = folder, config, model, world, settings
@@ -82,6 +84,8 @@ class Session:
         optimizer = build_optimizer(model.network, even if random else settings)
         self.trainer = Trainer(model.network, criterion.to(world.device), settings, world, optimizer)
         self.best = -1.0
+        self.without_gain = 0  # evaluations since the best one
+        self.ended = False  # by patience
         self.report: Report | None = None
         self.saved: int | None = None
         self.signals = SignalGuard()
@@ -91,6 +95,8 @@ class Session:
         return {
             **self.trainer.state(),
             "best": self.best,
+            "without_gain": self.without_gain,
+            "ended": self.ended,
             "config": comparable(self.config),
             "data": self.data_digest,
         }
@@ -105,13 +111,15 @@ class Session:
             raise RefineDetError("'best' is no number")
         self.trainer.load_state(state)
         self.best = state["best"]
+        # Checkpoints of older versions do not have them.
+        self.without_gain, self.ended = int(state.get("without_gain", 0)), bool(state.get("ended", False))
         self.saved = self.trainer.iteration
 
     def run(self, signals: SignalGuard, stop: Callable[[], bool] | None = None, loggers: Sequence[Logger] = ()) -> bool:
         """Train to the last iteration or until ``stop`` says True, evaluating and saving on the way.
 
         Returns:
-            Whether the last iteration is done and evaluated.
+            Whether the training is at its end and evaluated.
 
         Raises:
             TrainingStopped: a signal came to one of the processes; all is saved.
@@ -120,8 +128,8 @@ class Session:
         batches = self.batches(self.settings, start=trainer.iteration)
         with self._loggers(loggers) as group, signals.held():
 
-            def evaluate() -> None:
-                self._evaluate(group)
+            def evaluate() -> bool:
+                return self._evaluate(group)
 
             try:
                 finished = trainer.run(
@@ -213,15 +221,33 @@ class Session:
         card = model_card(preset, model.class_names, self.folder.path.name, iteration, model.metrics)
         model.save_pretrained(self.folder.path / name, card=card)
 
-    def _evaluate(self, logger: LoggerGroup) -> None:
-        """Evaluate over all processes, each taking every n-th image, and keep the best weights.
+    def _evaluate(self, logger: LoggerGroup) -> bool:
+        """Evaluate and keep the best weights; says whether the training is at its end.
 
-        When the last iteration is done all images count, and the report is written.
+        At the end all images count, and the report is written.
         """
+        dataset, settings = self.evaluation_set, self.settings
+        assert dataset is not None
+        last = self.trainer.iteration == settings.iterations
+        few = None if last else settings.evaluate_limit
+        better = self._measure(logger, few)
+        self.without_gain = 0 if better else self.without_gain + 1
+        self.ended = not last and 0 < settings.patience <= self.without_gain
+        if self.ended:
+            if few is not None and few < len(dataset):
+                self._measure(logger, None)
+            if self.world.is_main:
+                times = f"{self.without_gain} evaluation{'s' * (self.without_gain > 1)}"
+                _LOG.info("%s without a new best figure: the training ends here (--patience)", times)
+        self.world.on_main(lambda: self._write_measured(better, last or self.ended))
+        if not last and not self.ended:
+            self.report = None
+        return last or self.ended
+
+    def _measure(self, logger: LoggerGroup, limit: int | None) -> bool:
+        """Evaluate over all processes, each taking every n-th image; says whether the figure is the best so far."""
         dataset, world = self.evaluation_set, self.world
         assert dataset is not None
-        last = self.trainer.iteration == self.settings.iterations
-        limit = None if last else self.settings.evaluate_limit
         count = len(dataset) if limit is None else min(limit, len(dataset))
         self.report = None
         with self.signals.at_once():
@@ -245,9 +271,7 @@ class Session:
         logger.log(self.trainer.iteration, {"mAP": self.report["mAP"]})
         better = self.report["mAP"] > self.best
         self.best = max(self.best, self.report["mAP"])
-        world.on_main(lambda: self._write_measured(better, last))
-        if not last:
-            self.report = None
+        return better
 
     def _write_measured(self, better: bool, last: bool) -> None:
         self._write_model(LAST_FOLDER)
@@ -311,7 +335,9 @@ def extended(
     if first_difference(state.get("config"), comparable(config)) is None:
 
         def save() -> None:
-            folder.save_checkpoint({**state, "config": comparable(longer)})
+            # A training that patience had ended goes on.
+            going_on = {"without_gain": 0, "ended": False, "config": comparable(longer)}
+            folder.save_checkpoint({**state, **going_on})
             save_json(longer, folder.config)
 
         world.on_main(save)

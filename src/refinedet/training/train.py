@@ -303,9 +303,10 @@ def _go_on(
     model = RefineDet(config.preset.model, config.class_names, category_ids=data.train.category_ids)
     iterations = config.preset.train.iterations
     measured = data.evaluation is None or (folder.report / "index.html").exists()
-    if state["iteration"] == iterations and measured:
+    if (state["iteration"] == iterations or state.get("ended")) and measured:
         if world.is_main:
-            _LOG.warning("%s: finished before, all %d iterations; nothing was changed", folder.path, iterations)
+            done = f"all {iterations}" if state["iteration"] == iterations else f"{state['iteration']} of {iterations}"
+            _LOG.warning("%s: finished before, %s iterations; nothing was changed", folder.path, done)
         return Run(folder.path, RefineDet.from_pretrained(folder.path / LAST_FOLDER), None, {})
     session = Session(folder, config, model, data, world)
     try:

@@ -162,7 +162,7 @@ class Trainer:
         logger: Logger,
         *,
         save: Callable[[], None],
-        evaluate: Callable[[], None] | None = None,
+        evaluate: Callable[[], bool | None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> bool:
         """Train to the last iteration, or until ``stop`` says True.
@@ -172,11 +172,12 @@ class Trainer:
             logger: receives the mean losses, the learning rate and the speed every ``log_every`` iterations.
             save: called every ``save_every`` iterations, before every evaluation and before the end, whichever it is;
                 only with weights that are finite and whose loss is.
-            evaluate: called every ``evaluate_every`` iterations and after the last one, when all is saved.
+            evaluate: called every ``evaluate_every`` iterations and after the last one, when all is saved; True ends
+                the training there, after another save.
             stop: asked after every iteration but the last; the processes leave together as soon as it says True in one.
 
         Returns:
-            Whether the last iteration is done.
+            Whether the training is at its end: the last iteration is done, or ``evaluate`` ended it.
 
         Raises:
             RefineDetError: a loss, the gradient or the weights are not finite, or the loss has grown a thousandfold,
@@ -184,9 +185,10 @@ class Trainer:
         """
         settings = self.settings
         forward, passes = self._forward_module(), iter(batches)
-        if evaluate and self.evaluated < self.iteration and self._evaluation_due():
-            evaluate()  # stopped between the save and the evaluation of this iteration
-            self.evaluated = self.iteration
+        # A training may have been stopped between the save and the evaluation of this iteration.
+        missed = self.evaluated < self.iteration and self._evaluation_due()
+        if evaluate and missed and self._evaluate_now(evaluate, save):
+            return True
         began, done = time.perf_counter(), 0
         self.network.train()
         while self.iteration < settings.iterations:
@@ -207,11 +209,19 @@ class Trainer:
             if asked:
                 return False
             if evaluate and due:
-                evaluate()
-                self.evaluated = self.iteration
+                if self._evaluate_now(evaluate, save):
+                    return True
                 self.network.train()
                 began, done = time.perf_counter(), 0
         return True
+
+    def _evaluate_now(self, evaluate: Callable[[], bool | None], save: Callable[[], None]) -> bool:
+        """Evaluate; says whether that ends the training before its last iteration, which is saved then."""
+        ended = bool(evaluate()) and self.iteration < self.settings.iterations
+        self.evaluated = self.iteration
+        if ended:
+            save()
+        return ended
 
     def _evaluation_due(self) -> bool:
         every = self.settings.evaluate_every
