@@ -4,8 +4,8 @@
     python -m benchmarks.corruptions runs/a runs/b COCO --split all --shared-classes
 
 The kinds follow Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions" (ICLR 2019);
-the strengths are ours, in pixels of the image and grey levels of 0..255, and written in the table. An image is corrupted
-at its own size, before the model resizes it; noise depends on the image alone, so all models see the same.
+the strengths are ours, in pixels of the image and grey levels of 0..255, and written in the table. An image is
+corrupted at its own size, before the model resizes it; noise depends on the image alone, so all models see the same.
 """
 
 from __future__ import annotations

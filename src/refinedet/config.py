@@ -286,7 +286,12 @@ class TrainConfig(Checked):
             self.batch_size,
             f"a multiple of accumulation_steps ({self.accumulation_steps})",
         )
-        require(self.patience == 0 or self.evaluate_every > 0, "patience", self.patience, "0 where evaluate_every is 0")
+        require(
+            self.patience == 0 or self.evaluate_every > 0,
+            "patience",
+            self.patience,
+            "0 without evaluations on the way (evaluate_every 0)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

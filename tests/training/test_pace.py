@@ -34,7 +34,9 @@ def test_a_measurement_changes_neither_weights_nor_random_numbers() -> None:
     def criterion(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, Any]:
         return {"total": outputs.square().mean()}
 
-    settings = TrainConfig(iterations=1000, batch_size=2, warmup_iterations=10, milestones=())
+    settings = TrainConfig(
+        iterations=1000, batch_size=2, warmup_iterations=10, milestones=(), evaluate_every=100, patience=3
+    )
     state = torch.get_rng_state()
     seconds = pace.seconds_per_iteration(network, criterion, settings, batches, World(0, 1, CPU))
     assert seconds > 0

@@ -541,7 +541,9 @@ def test_patience_ends_a_training_that_no_longer_gains(
 
 
 def test_patience_needs_something_to_measure(voc_folder: FolderFactory, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="patience must be 0 where evaluate_every is 0, not 3"):
+    with pytest.raises(
+        UsageError, match=r"patience must be 0 without evaluations on the way \(evaluate_every 0\), not 3"
+    ):
         tiny(patience=3)
     preset = tiny(patience=3, evaluate_every=2, evaluate_split="none")
     with pytest.raises(UsageError, match="patience needs images to measure on"):

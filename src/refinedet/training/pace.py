@@ -53,7 +53,7 @@ def seconds_per_iteration(
     full = [(0, side) for _, side in settings.size_schedule[-1:]]
     short = dataclasses.replace(
         settings, iterations=_ITERATIONS * settings.accumulation_steps, log_every=1, compile=False,
-        size_schedule=tuple(full), warmup_iterations=0, evaluate_every=0, save_every=10**9, ema_decay=None,
+        size_schedule=tuple(full), warmup_iterations=0, evaluate_every=0, patience=0, save_every=10**9, ema_decay=None,
     )  # fmt: skip
     clock = _Clock()
     alone = World(rank=0, size=1, device=world.device)
