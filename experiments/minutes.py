@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from refinedet.ablations import TABLE_FILE, markdown_table
 from refinedet.cli.terminal import run
 from refinedet.config import TrainConfig
 from refinedet.device import pick_device
+from refinedet.evaluation.charts import Line, LineChart
 from refinedet.evaluation.evaluate import evaluate
 from refinedet.evaluation.run_data import RunData
 from refinedet.files import read_json, write_text
@@ -36,6 +38,19 @@ from refinedet.weights.store import open_weights
 
 STARTS = {"bundled": "refinedet train --data DATA", "imagenet": "the same from ImageNet weights", "ssd": "SSD"}
 """Name to what the table says."""
+CURVES = {"bundled": "bundled model", "imagenet": "ImageNet", "ssd": "SSD, ImageNet"}
+"""Name to what stands at the end of its line."""
+_COLOURS = ("#0b62a4", "#c2571a", "#5c7f2a")
+_STYLE = (
+    "text{font:13px sans-serif;fill:#333}.line{fill:none;stroke-width:2.5}.grid{stroke:#ddd}"
+    ".middle{text-anchor:middle}.end{text-anchor:end}"
+    + "".join(
+        f".line-{n}{{stroke:{colour}}}.mark-{n}{{fill:{colour}}}.name-{n}{{fill:{colour}}}"
+        for n, colour in enumerate(_COLOURS, 1)
+    )
+)
+"""A chart that stands alone takes its colours from here."""
+_PAPER = '<rect width="100%" height="100%" fill="#fff"/>'
 
 
 def train_refinedet(start: str, minutes: float, chosen: argparse.Namespace, folder: Path) -> None:
@@ -102,6 +117,29 @@ def table(figures: Mapping[tuple[str, float], Mapping[str, float]]) -> str:
     return markdown_table(["start", *(f"{each:g} minute{'s' * (each != 1)}" for each in minutes)], rows)
 
 
+def curve(figures: Mapping[tuple[str, float], Mapping[str, float]]) -> str:
+    """COCO AP over minutes, a line for each start, as SVG of its own."""
+    lines = []
+    for start, words in CURVES.items():
+        points = sorted((minutes, 100 * found["AP"]) for (name, minutes), found in figures.items() if name == start)
+        if points:
+            lines.append(Line(words, *zip(*points, strict=True)))
+    longest = max(minutes for _, minutes in figures)
+    highest = max(100 * found["AP"] for found in figures.values())
+    chart = LineChart(
+        lines=lines,
+        title="AP on held-out images after so many minutes of training",
+        description="Each point is a training of its own; the start is written at the end of its line.",
+        axes=("minutes of training", "COCO AP (%)"),
+        x_range=(0.0, longest),
+        y_range=(0.0, 10 * math.ceil(highest / 10) or 10.0),
+        named=True,
+        marked=True,
+        size_wh=(560, 300),
+    )
+    return chart.svg().replace("<title>", f"<style>{_STYLE}</style>{_PAPER}<title>", 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what is missing, then print the table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 pattern = folder
             figures[start, minutes] = read_json(folder / REPORT_FOLDER / "report.json")["figures"]
             write_text(chosen.out / TABLE_FILE, table(figures))
+            write_text(chosen.out / "curve.svg", curve(figures))
     print(table(figures))
     return 0
 

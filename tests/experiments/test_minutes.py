@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from experiments.minutes import STARTS, main, table
+from experiments.minutes import STARTS, curve, main, table
 
 from conftest import FolderFactory
 
@@ -21,6 +21,14 @@ def test_the_table_has_a_row_for_each_start_and_a_column_for_each_length() -> No
         "| refinedet train --data DATA | 25.0 (50.0) | 50.0 (75.0) |",
         "| SSD | - | 12.5 (30.0) |",
     ]
+
+
+def test_the_curve_has_a_line_for_each_start() -> None:
+    text = curve({("bundled", 1): {"AP": 0.25}, ("bundled", 10): {"AP": 0.5}, ("ssd", 1): {"AP": 0.1}})
+    assert text.count('<path class="line') == 2
+    assert "bundled model</text>" in text
+    assert "SSD, ImageNet</text>" in text
+    assert "ImageNet</text>" not in text.replace("SSD, ImageNet</text>", "")
 
 
 @pytest.mark.slow  # three trainings at 320x320
