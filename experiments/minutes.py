@@ -38,11 +38,11 @@ from refinedet.weights.store import open_weights
 
 STARTS = {"bundled": "refinedet train --data DATA", "imagenet": "the same from ImageNet weights", "ssd": "SSD"}
 """Name to what the table says."""
-CURVES = {"bundled": "bundled model", "imagenet": "ImageNet", "ssd": "SSD, ImageNet"}
+CURVES = {"bundled": "RefineDet, bundled", "imagenet": "RefineDet, ImageNet", "ssd": "SSD, ImageNet"}
 """Name to what stands at the end of its line."""
 _COLOURS = ("#0b62a4", "#c2571a", "#5c7f2a")
 _STYLE = (
-    "text{font:13px sans-serif;fill:#333}.line{fill:none;stroke-width:2.5}.grid{stroke:#ddd}"
+    "text{font:11px sans-serif;fill:#333}.line{fill:none;stroke-width:2.5}.grid{stroke:#ddd}"
     ".middle{text-anchor:middle}.end{text-anchor:end}"
     + "".join(
         f".line-{n}{{stroke:{colour}}}.mark-{n}{{fill:{colour}}}.name-{n}{{fill:{colour}}}"
