@@ -85,7 +85,6 @@ class Session:
         self.trainer = Trainer(model.network, criterion.to(world.device), settings, world, optimizer)
         self.best = -1.0
         self.without_gain = 0  # evaluations since the best one
-        self.ended = False  # by patience
         self.report: Report | None = None
         self.saved: int | None = None
         self.signals = SignalGuard()
@@ -96,7 +95,6 @@ class Session:
             **self.trainer.state(),
             "best": self.best,
             "without_gain": self.without_gain,
-            "ended": self.ended,
             "config": comparable(self.config),
             "data": self.data_digest,
         }
@@ -111,8 +109,7 @@ class Session:
             raise RefineDetError("'best' is no number")
         self.trainer.load_state(state)
         self.best = state["best"]
-        # Checkpoints of older versions do not have them.
-        self.without_gain, self.ended = int(state.get("without_gain", 0)), bool(state.get("ended", False))
+        self.without_gain = int(state.get("without_gain", 0))  # checkpoints of older versions do not have it
         self.saved = self.trainer.iteration
 
     def run(self, signals: SignalGuard, stop: Callable[[], bool] | None = None, loggers: Sequence[Logger] = ()) -> bool:
@@ -232,17 +229,18 @@ class Session:
         few = None if last else settings.evaluate_limit
         better = self._measure(logger, few)
         self.without_gain = 0 if better else self.without_gain + 1
-        self.ended = not last and 0 < settings.patience <= self.without_gain
-        if self.ended:
+        ended = not last and is_out_of_patience(settings, self.without_gain)
+        if ended:
             if few is not None and few < len(dataset):
-                self._measure(logger, None)
+                # As after the last iteration, the figure over all images is compared with the best one on the way.
+                better = self._measure(logger, None)
             if self.world.is_main:
                 times = f"{self.without_gain} evaluation{'s' * (self.without_gain > 1)}"
                 _LOG.info("%s without a new best figure: the training ends here (--patience)", times)
-        self.world.on_main(lambda: self._write_measured(better, last or self.ended))
-        if not last and not self.ended:
+        self.world.on_main(lambda: self._write_measured(better, last or ended))
+        if not last and not ended:
             self.report = None
-        return last or self.ended
+        return last or ended
 
     def _measure(self, logger: LoggerGroup, limit: int | None) -> bool:
         """Evaluate over all processes, each taking every n-th image; says whether the figure is the best so far."""
@@ -293,6 +291,11 @@ class Session:
         }
 
 
+def is_out_of_patience(settings: TrainConfig, without_gain: int) -> bool:
+    """Whether so many evaluations in a row without a new best figure end a training."""
+    return 0 < settings.patience <= without_gain
+
+
 def comparable(config: RunConfig) -> dict[str, Any]:
     """What must be equal for a training to go on: all that decides its outcome, but not where the data lies."""
     content: dict[str, Any] = json.loads(json.dumps(to_dict(config)))
@@ -336,8 +339,7 @@ def extended(
 
         def save() -> None:
             # A training that patience had ended goes on.
-            going_on = {"without_gain": 0, "ended": False, "config": comparable(longer)}
-            folder.save_checkpoint({**state, **going_on})
+            folder.save_checkpoint({**state, "without_gain": 0, "config": comparable(longer)})
             save_json(longer, folder.config)
 
         world.on_main(save)

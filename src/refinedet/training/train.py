@@ -57,7 +57,7 @@ from refinedet.training.run import (
     is_run,
     read_run_config,
 )
-from refinedet.training.session import Session, comparable, extended, first_difference
+from refinedet.training.session import Session, comparable, extended, first_difference, is_out_of_patience
 from refinedet.training.start import find_start
 from refinedet.training.stopping import SignalGuard, TrainingStopped
 
@@ -303,7 +303,8 @@ def _go_on(
     model = RefineDet(config.preset.model, config.class_names, category_ids=data.train.category_ids)
     iterations = config.preset.train.iterations
     measured = data.evaluation is None or (folder.report / "index.html").exists()
-    if (state["iteration"] == iterations or state.get("ended")) and measured:
+    ended = is_out_of_patience(config.preset.train, state.get("without_gain", 0))
+    if (state["iteration"] == iterations or ended) and measured:
         if world.is_main:
             done = f"all {iterations}" if state["iteration"] == iterations else f"{state['iteration']} of {iterations}"
             _LOG.warning("%s: finished before, %s iterations; nothing was changed", folder.path, done)
