@@ -165,7 +165,7 @@ def _greedy_pairs(overlaps: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Match:
-    """``match`` of all images in the same steps, as an accelerator wants it; ``anchors`` (B, A, 4)."""
+    """``match`` of all images together, as an accelerator wants it; ``anchors`` (B, A, 4)."""
     batch, most = targets.labels.shape
     count = anchors.shape[1]
     device = targets.labels.device
@@ -179,19 +179,20 @@ def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Ma
     best_overlap, best_target = overlaps.max(dim=1)
     matched = torch.where(best_overlap >= positive_iou, best_target, -1)
 
-    images = torch.arange(batch, device=device)
+    # The greedy step takes pairs in falling order. A pair that both sides like best, among what is free, is taken by it
+    # sooner or later, whatever comes before; so each round takes all of these, and a few rounds suffice.
     target_index = torch.arange(most, device=device)
-    for _ in range(most):  # one round matches one pair in every image of the batch
-        value, anchor = overlaps.max(dim=2)
-        top = value.amax(dim=1)
-        tied = value == top[:, None]
-        lowest_anchor = torch.where(tied, anchor, count).amin(dim=1)
-        wants = tied & (anchor == lowest_anchor[:, None])
-        target = torch.where(wants, target_index, most).amin(dim=1)
-        is_match = top > _SMALLEST_OVERLAP
-        matched[images, lowest_anchor] = torch.where(is_match, target, matched[images, lowest_anchor])
-        overlaps[images, target] = -1.0
-        overlaps[images, :, lowest_anchor] = -1.0
+    while True:
+        value, anchor = overlaps.max(dim=2)  # of equal overlaps the first index, here and below
+        likes_it = overlaps.max(dim=1).indices.gather(1, anchor) == target_index
+        is_match = likes_it & (value > _SMALLEST_OVERLAP)
+        if not bool(is_match.any()):
+            break
+        # One column more, for the targets that wait.
+        column = torch.where(is_match, anchor, count)
+        matched = torch.cat([matched, matched[:, :1]], dim=1).scatter_(1, column, target_index.expand_as(column))[:, :-1]
+        taken = torch.zeros(batch, count + 1, dtype=torch.bool, device=device).scatter_(1, column, True)[:, :-1]
+        overlaps = overlaps.masked_fill(is_match[:, :, None] | taken[:, None, :], -1.0)
     return Match(matched, best_overlap.clamp(min=0.0))
 
 
