@@ -228,8 +228,8 @@ class TrainConfig(Checked):
     bias_learning_rate_factor: Factor = 2.0
     """Factor of the rate of convolution biases, which have no weight decay (official code: lr_mult 2, decay_mult 0)."""
     backbone_learning_rate_factor: Factor = 1.0
-    """Factor of the rate of the backbone's pretrained layers: below 1 they change less. Not used in a training from
-    random weights. The paper has one rate."""
+    """Factor of the rate of the backbone's pretrained layers (of VGG-16 conv1_1 to conv5_3): below 1 they change less.
+    Not used in a training from random weights. The paper has one rate."""
     gradient_clip_norm: Annotated[float, Range(0, 1e9, above=True)] | None = None
     """Largest norm of the whole gradient; larger ones are scaled down to it. The paper does not clip."""
     ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None

@@ -115,7 +115,7 @@ def test_vgg_biases_and_scales() -> None:
         (RESNET, ("res6",)),
         (
             dataclasses.replace(RESNET, backbone="vgg16", tcb_batch_norm=False),
-            ("conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm"),
+            ("fc6", "fc7", "conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm"),
         ),
     ],
 )

@@ -71,8 +71,9 @@ class VGG16(nn.Module):
     """Channels of fc6 and fc7."""
     conv6_widths: ClassVar[tuple[int, int]] = (256, 512)
     """Channels of conv6_1 and conv6_2."""
-    new_modules: ClassVar[tuple[str, ...]] = ("conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm")
-    """Parts that no ImageNet weights come with."""
+    new_modules: ClassVar[tuple[str, ...]] = ("fc6", "fc7", "conv6_1", "conv6_2", "conv4_3_norm", "conv5_3_norm")
+    """Parts that no ImageNet weights come with, and fc6 and fc7: files of the convolutions alone lack them, from others
+    they are a sample of fully connected layers, which has to learn its place."""
 
     def __init__(self, *, fc6_dilation: int = 3, frozen_stages: int = 0) -> None:
         super().__init__()
