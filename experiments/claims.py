@@ -218,18 +218,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         open_weights(chosen.weights)
     presets = {(name, seed): preset_of(name, seed, chosen, device) for seed in chosen.seeds for name in chosen.variants}
     folders = {(name, seed): chosen.out / f"{name}-{seed}" for name, seed in presets}
-    figures = {}
+    facts = _settings(chosen, device, len(train_on), len(measure_on))
+    figures: dict[tuple[str, int], float] = {}
+    text = ""
     # Seed after seed, so that a comparison exists before the last seed is done.
     for (name, seed), preset in presets.items():
         folder = folders[name, seed]
+        finished_before = (folder / REPORT_FOLDER).is_dir()
         if name == SSD:
             figures[name, seed] = measure_ssd(preset, chosen.data, folder, weights=chosen.weights, device=device)
         else:
             figures[name, seed] = train_variants(
                 {folder.name: preset}, chosen.data, out=chosen.out, init_weights=chosen.weights, device=str(device)
             )[folder.name]
+        if finished_before and len(figures) < len(presets):
+            continue  # The intervals take seconds to minutes.
         found = differences({key: folders[key] for key in figures}, measure_on)
-        text = table(figures, found, _settings(chosen, device, len(train_on), len(measure_on)))
+        text = table(figures, found, facts)
         write_text(chosen.out / TABLE_FILE, text)
     print(text)
     return 0
