@@ -192,7 +192,7 @@ def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Ma
         column = torch.where(is_match, anchor, count)
         matched = torch.cat([matched, matched[:, :1]], dim=1).scatter_(1, column, target_index.expand_as(column))[:, :-1]
         taken = torch.zeros(batch, count + 1, dtype=torch.bool, device=device).scatter_(1, column, True)[:, :-1]
-        overlaps = overlaps.masked_fill(is_match[:, :, None] | taken[:, None, :], -1.0)
+        overlaps.masked_fill_(is_match[:, :, None], -1.0).masked_fill_(taken[:, None, :], -1.0)
     return Match(matched, best_overlap.clamp(min=0.0))
 
 
