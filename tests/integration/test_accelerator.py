@@ -1,10 +1,10 @@
 """Another device than the CPU: outputs, loss and gradients are those of the CPU, in float64, float32 and bf16.
 
 The loss and the backward pass are compared on equal inputs each: which anchors are matched and mined is a matter of
-the last digit now and then, and one anchor more or less would say nothing about the arithmetic. In the same way a value
-near 0 may pass a ReLU on one device only; in float32 that moves the gradients of some weights by thousandths (on the CPU
-they are that far from those in float64), so they are held tightly in float64 alone. Without a GPU the CPU stands in
-for the device, so that the comparison itself is tested.
+the last digit now and then, and one anchor more or less would say nothing about the arithmetic. In the same way a
+value near 0 may pass a ReLU on one device only; in float32 that moves the gradients of some weights by thousandths (on
+the CPU they are that far from those in float64), so they are held tightly in float64 alone. Without a GPU the CPU
+stands in for the device, so that the comparison itself is tested.
 """
 
 from __future__ import annotations

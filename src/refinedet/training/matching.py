@@ -190,9 +190,10 @@ def match_together(anchors: Tensor, targets: Targets, positive_iou: float) -> Ma
             break
         # One column more, for the targets that wait.
         column = torch.where(is_match, anchor, count)
-        matched = torch.cat([matched, matched[:, :1]], dim=1).scatter_(1, column, target_index.expand_as(column))[:, :-1]
-        taken = torch.zeros(batch, count + 1, dtype=torch.bool, device=device).scatter_(1, column, True)[:, :-1]
-        overlaps.masked_fill_(is_match[:, :, None], -1.0).masked_fill_(taken[:, None, :], -1.0)
+        taker = torch.full((batch, count + 1), -1, dtype=torch.int64, device=device)
+        taker = taker.scatter_(1, column, target_index.expand_as(column))[:, :-1]
+        matched = torch.where(taker >= 0, taker, matched)
+        overlaps.masked_fill_(is_match[:, :, None], -1.0).masked_fill_((taker >= 0)[:, None, :], -1.0)
     return Match(matched, best_overlap.clamp(min=0.0))
 
 
