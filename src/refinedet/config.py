@@ -252,7 +252,8 @@ class TrainConfig(Checked):
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Seed of the weights, the order and the augmentation."""
     workers: Annotated[int, Range(0, 1024)] = 2
-    """Processes per trainer that load and augment images."""
+    """Processes per trainer that load and augment images. Not given, a training on a GPU has up to 8, one for each
+    core that is free."""
     keep_images: bool = False
     """Keep every decoded image in memory, in each loading process; 0.6 MB each at 500x375 pixels. Saves decoding."""
     log_every: Count = 20

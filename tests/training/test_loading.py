@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,11 +96,42 @@ def test_little_shared_memory_means_fewer_batches_ahead_or_a_line(
     next(training_batches(dataset, MODEL, dataclasses.replace(SETTINGS, workers=0)))
 
 
+@pytest.mark.parametrize(
+    ("device", "preset", "cores", "trainers", "room", "workers"),
+    [
+        ("cpu", 1, 16, 1, 100, 1),
+        ("cuda", 0, 16, 1, 100, 0),  # the preset loads in the trainer itself
+        ("cuda", 1, 16, 1, 100, 8),
+        ("cuda", 1, 4, 1, 100, 3),
+        ("cuda", 1, 16, 4, 100, 3),  # four trainers leave twelve cores
+        ("cuda", 1, 1, 1, 100, 1),
+        ("cuda", 12, 16, 1, 100, 12),
+        ("cuda", 1, 16, 1, 6.5, 5),  # a batch more is with the trainer
+        ("cuda", 1, 16, 1, 0.5, 1),  # training_batches says what is missing
+        ("cuda", 1, 16, 4, 16, 3),  # each of the four has a quarter of the room, and batches of a quarter
+        ("cuda", 1, 16, 4, 3, 2),
+    ],
+)
+def test_a_gpu_has_its_images_loaded_by_the_free_cores(
+    device: str, preset: int, cores: int, trainers: int, room: float, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    batch = 8 * 3 * 4 * 128 * 128  # 16 images in two passes, at the largest side of the schedule
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, int(room * batch)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(trainers))
+    settings = dataclasses.replace(
+        SETTINGS, batch_size=16, accumulation_steps=2, workers=preset, size_schedule=((0, 64), (1, 128))
+    )
+    assert batches.choose_workers(settings, (64, 96), torch.device(device)) == workers
+    if room == 100:
+        fixed = dataclasses.replace(settings, size_schedule=())
+        assert batches.choose_workers(fixed, (64, 96), torch.device(device)) == workers
+
+
 def test_a_batch_that_shared_memory_does_not_take_is_one_line(
     voc_folder: FolderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
-
     def full(_: torch.Tensor) -> None:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)\nx")
 

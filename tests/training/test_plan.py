@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from refinedet.data.layouts import open_dataset
 from refinedet.data.records import DetectionDataset
 from refinedet.errors import UsageError
 from refinedet.presets import PRESETS
+from refinedet.training import plan
 from refinedet.training.briefing import describe, doubts
 from refinedet.training.data import DataChoice, open_training_data
 from refinedet.training.plan import chosen_preset, fitted, iterations_for, name_of
+from refinedet.training.run import CONFIG_FILE, read_run_config
+from refinedet.training.train import train
 
 FINETUNE, CPU = PRESETS["finetune"], torch.device("cpu")
 
@@ -143,3 +147,19 @@ def test_the_paragraph_tells_data_model_device_and_length(voc_folder: FolderFact
     assert lines[4].startswith("device: cpu, ")
     assert lines[4].endswith(", fp32")
     assert lines[5] == "training: 10 iterations of 4 images = 4 epochs, about 2 minutes"
+
+
+def test_loading_processes_are_chosen_where_nobody_said_how_many(
+    voc_folder: FolderFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "choose_workers", lambda settings, size, device: settings.workers + 1)
+    folder = voc_folder()
+
+    def workers(out: str, preset: Preset | str, **given: Any) -> int:
+        given |= {"iterations": 1, "evaluate_split": "none"}
+        run = train(preset, folder, out=tmp_path / out, init_weights="random", **given)
+        return read_run_config(run.folder / CONFIG_FILE).preset.train.workers
+
+    assert workers("a", "smoke") == 1
+    assert workers("b", "smoke", workers=0) == 0
+    assert workers("c", PRESETS["smoke"]) == 0  # a preset of one's own says how many

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import multiprocessing.process
+import os
 import shutil
 import signal
 from collections.abc import Generator, Iterator
@@ -42,6 +44,8 @@ from refinedet.training.order import Draw, EndlessOrder, repeat_factors
 
 LOADER_TIMEOUT = 300
 """Seconds without a batch after which the loading processes are given up."""
+MOST_WORKERS = 8
+"""Loading processes for each GPU, where their number is not given."""
 _SHARED_MEMORY = "/dev/shm"
 _ADVICE = "load in the trainer itself with --workers 0, or, in a container, give it more (docker run --shm-size 8g)"
 
@@ -247,6 +251,22 @@ def training_batches(
             worker.kill()
 
 
+def choose_workers(config: TrainConfig, image_size: tuple[int, int], device: torch.device) -> int:
+    """How many loading processes a training gets whose number nobody has given.
+
+    The network on a CPU needs the cores itself, so it is the preset's number. A GPU would wait for its images: it has a
+    process for each core that no trainer of this machine uses, at most 8, and no more than shared memory has room for.
+    """
+    if device.type == "cpu" or not config.workers:
+        return config.workers
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pixels = max([image_size[0] * image_size[1], *(side * side for _, side in config.size_schedule)])
+    images = math.ceil(config.batch_size / config.accumulation_steps / trainers)
+    room = _free_shared_memory() // (images * 3 * 4 * pixels * trainers) - 1
+    return max(config.workers, min(MOST_WORKERS, cores // trainers - 1, room))
+
+
 def _start_worker(_: int) -> None:
     """Signals go to the trainer, which saves; a loading process that left before it would cost it the iteration.
 
@@ -268,10 +288,7 @@ def _batches_ahead(workers: int, batch_bytes: int) -> int | None:
     """
     if not workers:
         return None
-    try:
-        free = shutil.disk_usage(_SHARED_MEMORY).free
-    except OSError:  # not a Linux system
-        return 4
+    free = _free_shared_memory()
     for ahead in (4, 3, 2, 1):
         # One batch more is with the trainer.
         if (workers * ahead + 1) * batch_bytes <= free:
@@ -280,6 +297,14 @@ def _batches_ahead(workers: int, batch_bytes: int) -> int | None:
         f"{_SHARED_MEMORY} has {free / 2**20:.0f} MB free, {workers} loading processes need at least "
         f"{(workers + 1) * batch_bytes / 2**20:.0f} MB; {_ADVICE}"
     )
+
+
+def _free_shared_memory() -> int:
+    """Bytes; more than anybody needs where batches take another way than Linux's."""
+    try:
+        return shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return 1 << 62
 
 
 def explain_loader(error: RuntimeError) -> Exception:

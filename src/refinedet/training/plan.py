@@ -26,6 +26,7 @@ from refinedet.presets import PRESETS, get_preset
 from refinedet.provenance import Provenance
 from refinedet.schedule import change_preset, check_minutes, iterations_of_epochs, with_iterations
 from refinedet.trackers import check_trackers
+from refinedet.training.batches import choose_workers
 from refinedet.training.data import DataChoice, TrainingData
 from refinedet.training.data_check import require_few_repairs, require_measurable, require_objects
 from refinedet.training.distributed import World
@@ -157,13 +158,17 @@ class Call:
         return [path for path in paths if path is not None]
 
     def fitted(self, data: TrainingData, device: torch.device) -> Preset:
-        """The preset with the splits, the length and the precision that fit the data and the device."""
+        """The preset with the splits, the length, the precision and the loading that fit the data and the device."""
         preset = fitted(self.preset, data.train, self.given, self.epochs)
+        workers = preset.train.workers
+        if "workers" not in self.given:
+            workers = choose_workers(preset.train, preset.model.image_size, device)
         train = dataclasses.replace(
             preset.train,
             train_split=data.train_split,
             evaluate_split=data.evaluate_split,
             precision=choose_precision(preset.train.precision, device),
+            workers=workers,
         )
         return dataclasses.replace(preset, train=train)
 

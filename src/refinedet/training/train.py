@@ -158,7 +158,7 @@ def train(
     ends = Ends.of(stop, loggers, on_log)
     call = Call(
         preset=chosen,
-        given=frozenset(settings),
+        given=frozenset(settings) | (frozenset({"workers"}) if isinstance(preset, Preset) else frozenset()),
         choice=DataChoice(
             paths=_absolute(data),
             evaluate_paths=_absolute(evaluate_data),
