@@ -20,7 +20,15 @@ from refinedet.config import InferenceConfig, ModelConfig
 from refinedet.deploy import export as exporting
 from refinedet.deploy.export import export
 from refinedet.deploy.graph import DetectorGraph
-from refinedet.deploy.verify import blank_image, crowded_scene, example_photos, verification_images, verify
+from refinedet.deploy.verify import (
+    Boxes,
+    _near,
+    blank_image,
+    crowded_scene,
+    example_photos,
+    verification_images,
+    verify,
+)
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.images import read_image
 from refinedet.presets import PRESETS
@@ -178,6 +186,15 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_tidies_up(
     with pytest.raises(StoppedError):
         export(detector(), target)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("side", "difference", "same"), [(320, 0.04, True), (320, 0.06, False), (22_600, 0.11, True), (22_600, 0.3, False)]
+)
+def test_the_tolerance_grows_with_boxes_far_beyond_the_image(side: float, difference: float, same: bool) -> None:
+    box, score, label = np.array([[-side, 0, side, 10]], np.float32), np.array([0.5], np.float32), np.array([1])
+    moved = box + np.array([[difference, 0, 0, 0]], np.float32)
+    assert _near(Boxes(box, score, label), 0, Boxes(moved, score, label))[2].tolist() == [same]
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ BATCHES = (1, 2, 5)
 """Sizes of batches that every file is verified at."""
 BOX_TOLERANCE = 0.05
 """Largest difference of a corner, in pixels of the network input."""
+FAR_TOLERANCE = 1e-5
+"""Or this share of the largest coordinate, if that is more: of those beyond 5,000 pixels."""
 SCORE_TOLERANCE = 1e-4
 """Largest difference of a score; decisions by a margin smaller than this are ties."""
 OVERLAP_TOLERANCE = 1e-4
@@ -288,7 +290,9 @@ def _near(one: Boxes, row: int, others: Boxes) -> tuple[Any, Any, Any]:
     """Distances of a box from others in pixels and in score, and which of them are the same within the tolerances."""
     distance = np.abs(others.boxes - one.boxes[row]).max(axis=1, initial=0.0)
     gap = np.abs(others.scores - one.scores[row])
-    same = (others.labels == one.labels[row]) & (distance <= BOX_TOLERANCE) & (gap <= SCORE_TOLERANCE)
+    # Beyond any image rounding grows with the coordinates: an untrained network may make boxes 40,000 pixels wide.
+    allowed = max(BOX_TOLERANCE, FAR_TOLERANCE * float(np.abs(one.boxes[row]).max()))
+    same = (others.labels == one.labels[row]) & (distance <= allowed) & (gap <= SCORE_TOLERANCE)
     return distance, gap, same
 
 
