@@ -18,7 +18,7 @@ from PIL import Image
 from refinedet import fetch as fetch_module
 from refinedet.errors import RefineDetError, UsageError
 from refinedet.fetch import fetch, is_address
-from refinedet.images import read_image
+from refinedet.images import describe, read_image
 from refinedet.sources import find_images, list_images
 
 
@@ -189,6 +189,41 @@ def test_a_store_without_its_package_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(UsageError, match=r"^az://a/b: reading az:// needs a package: pip install adlfs$"):
         find_images(["az://a/b"])
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (
+            "https://b.s3/a.jpg?X-Amz-Date=1&X-Amz-Credential=AK%2F1&X-Amz-Signature=0f#x",
+            "X-Amz-Date=1&X-Amz-Credential=***&X-Amz-Signature=***#x",
+        ),
+        (
+            "https://b.s3/a.jpg?AWSAccessKeyId=AK&Expires=9&Signature=a%2Bb",
+            "?AWSAccessKeyId=***&Expires=9&Signature=***",
+        ),
+        ("https://b.blob/a.jpg?sv=2024&sr=b&sig=a%3D", "?sv=2024&sr=b&sig=***"),
+        ("https://host/a.jpg?access_token=t&id=7", "?access_token=***&id=7"),
+        ("https://host/a.jpg?id=7&API-KEY=t", "?id=7&API-KEY=***"),
+        ("rtsp://door/1?user=admin&password=p_q&channel=1", "?user=admin&password=***&channel=1"),
+        ("rtsp://door/user=admin_password=p_q_channel=1", "/user=admin_password=***"),
+        ("rtsp://me:pw@door/1?pwd=x", "rtsp://***@door/1?pwd=***"),
+    ],
+)
+def test_signatures_tokens_and_keys_are_not_shown(address: str, shown: str) -> None:
+    assert fetch_module.without_secrets(address).endswith(shown)
+    assert describe(address) == fetch_module.without_secrets(address)
+    assert fetch_module.without_secrets(shown) == shown  # no address: a file may have such a name
+
+
+def test_other_parameters_stay() -> None:
+    address = "https://host/keys/passing.jpg?id=7&keyword=cat&design=a&monkey=2&size=3"
+    assert fetch_module.without_secrets(address) == address
+
+
+def test_a_failed_download_does_not_show_its_signature() -> None:
+    with pytest.raises(RefineDetError, match=r"^http://127.0.0.1:9/a.jpg\?sig=\*\*\*: cannot be fetched"):
+        fetch("http://127.0.0.1:9/a.jpg?sig=s3cret")
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "s3", "ftp"])

@@ -81,3 +81,4 @@ def test_paragraph() -> None:
     assert paragraph(some()).splitlines()[0] == "a.jpg  20x10  1 object"
     assert "dog" in paragraph(some()).splitlines()[2]
     assert paragraph(Detections.empty(("cat",), (3, 4)), "b") == "b  3x4  0 objects"
+    assert paragraph(some("https://b/a.jpg?sig=s3cret")).startswith("https://b/a.jpg?sig=***  20x10")

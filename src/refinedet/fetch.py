@@ -23,6 +23,12 @@ STORES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "a
 """Schemes of object stores, which fsspec reads, and the package that each needs."""
 _SHOWN = 200
 _USER = re.compile(r"://([^/?#]*)@")  # up to the last @, since a password may hold one
+# Parameters of presigned addresses (S3, Google, Azure), of web services, and of cameras, which have them in paths too.
+_SECRET = re.compile(
+    r"([?&;/_](?:[^=&#;/?]{0,40}(?:signature|passw(?:or)?d|pwd|token|secret|credential|api[_-]?key|access_?key(?:_?id)?)"
+    r"|sig|auth|pass|key))=[^&#;]*",
+    re.IGNORECASE,
+)
 
 
 def is_address(text: str) -> bool:
@@ -61,19 +67,21 @@ def check_no_password(address: str) -> None:
     user = _USER.search(address)
     if user is not None and ":" in user[1]:
         raise UsageError(
-            f"{_shown(without_user(address))}: addresses with a password are not read, since messages and results "
+            f"{_shown(address)}: addresses with a password are not read, since messages and results "
             "repeat addresses; download the image and give its path"
         )
 
 
-def without_user(address: str) -> str:
-    """An address as messages may name it: without a user's name and password.
+def without_secrets(address: str) -> str:
+    """An address or path as messages may name it: without a user's name, passwords, signatures, tokens and keys.
 
     Example:
-        >>> without_user("rtsp://me:secret@door/1")
+        >>> without_secrets("rtsp://me:secret@door/1")
         'rtsp://***@door/1'
+        >>> without_secrets("https://bucket/a.jpg?X-Amz-Expires=60&X-Amz-Signature=0f3a")
+        'https://bucket/a.jpg?X-Amz-Expires=60&X-Amz-Signature=***'
     """
-    return _USER.sub("://***@", address)
+    return _SECRET.sub(r"\1=***", _USER.sub("://***@", address)) if is_address(address) else address
 
 
 def scheme_of(address: str) -> str:
@@ -141,6 +149,7 @@ def _read_store(address: str) -> bytes:
 
 
 def _shown(address: str) -> str:
+    address = without_secrets(address)
     return address if len(address) <= _SHOWN else f"{address[:_SHOWN]}..."
 
 

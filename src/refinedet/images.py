@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.fetch import fetch, is_address
+from refinedet.fetch import fetch, is_address, without_secrets
 from refinedet.pixels import Pixels, array_pixels, is_tensor, rgb_pixels, tensor_pixels
 from refinedet.text import reason
 
@@ -126,10 +126,11 @@ def read_image_size(path: str | Path) -> tuple[int, int]:
 
 
 def describe(source: object) -> str:
-    """What a message calls an image: its path or address (shortened), or what kind of object it is."""
+    """What a message calls an image: its path or address (shortened, without secrets), or what kind of object it is."""
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
         text = text if isinstance(text, str) else os.fsdecode(text)
+        text = without_secrets(text)
         return text if len(text) <= 1000 else f"{text[:200]}..."
     if isinstance(source, Image.Image):
         file = getattr(source, "filename", "")

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from refinedet.detections import Detections
 from refinedet.draw import SIGNATURE, write_image
-from refinedet.fetch import is_address
+from refinedet.fetch import is_address, without_secrets
 from refinedet.files import has_signature, json_text
 from refinedet.pixels import Pixels
 from refinedet.text import clock, printable
@@ -72,14 +72,15 @@ def _is_free(path: Path) -> bool:
 
 def paragraph(detections: Detections, name: str | None = None) -> str:
     """Name, size and number of objects of an image, and below it, indented, its table; of a frame one line."""
+    shown = printable(without_secrets(name or detections.source or ("image" if detections.time is None else "video")))
     if detections.time is not None:
         objects = ", ".join(f"{number} {printable(one)}" for one, number in detections.counts.items())
         numbers = "" if detections.track_ids is None else ", ".join(str(n) for n in detections.track_ids if n >= 0)
         objects = (objects or "nothing") + (f"  (tracks {numbers})" if numbers else "")
-        return f"{printable(name or detections.source or 'video')}  {clock(detections.time)}  {objects}"
+        return f"{shown}  {clock(detections.time)}  {objects}"
     width, height = detections.image_size
     count = len(detections)
-    heading = f"{printable(name or detections.source or 'image')}  {width}x{height}  {count} object{'s' * (count != 1)}"
+    heading = f"{shown}  {width}x{height}  {count} object{'s' * (count != 1)}"
     if not count:
         return heading
     return heading + "".join(f"\n  {line}" for line in detections.table().splitlines())

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.fetch import is_address, without_user
+from refinedet.fetch import is_address, without_secrets
 from refinedet.files import user_path
 from refinedet.images import MAX_PIXELS
 from refinedet.pixels import Pixels
@@ -93,7 +93,7 @@ class Video:
         if isinstance(self.source, int):
             return f"camera {self.source}"
         text = os.fsdecode(self.source)
-        return without_user(text) if is_address(text) else text
+        return without_secrets(text)
 
     @property
     def is_live(self) -> bool:
