@@ -224,6 +224,9 @@ def test_other_parameters_stay() -> None:
 def test_a_failed_download_does_not_show_its_signature() -> None:
     with pytest.raises(RefineDetError, match=r"^http://127.0.0.1:9/a.jpg\?sig=\*\*\*: cannot be fetched"):
         fetch("http://127.0.0.1:9/a.jpg?sig=s3cret")
+    with pytest.raises(RefineDetError, match="control characters") as caught:
+        fetch("http://127.0.0.1:9/a b.jpg?sig=s3cret")
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https", "s3", "ftp"])

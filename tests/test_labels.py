@@ -102,6 +102,9 @@ def test_refusals(tmp_path: Path) -> None:
     for layout in ("voc", "yolo"):
         with pytest.raises(UsageError, match=r"a\.jpg and .*A\.png would have the same label file"):
             LabelFolder(tmp_path / "out", layout, NAMES, ["a.jpg", "A.png"])
+        signed = [f"https://b/a.jpg?sig={secret}" for secret in ("s3cret", "s4cret")]
+        with pytest.raises(UsageError, match=r"sig=\*\*\* and https://b/a\.jpg\?sig=\*\*\* would have"):
+            LabelFolder(tmp_path / "signed", layout, NAMES, signed)
     with pytest.raises(UsageError, match="not as 'csv'"):
         LabelFolder(tmp_path / "out", "csv", NAMES, [])  # type: ignore[arg-type]
     labels = LabelFolder(tmp_path / "out", "coco", NAMES, ["a.jpg", "A.png"])  # COCO has one file for all

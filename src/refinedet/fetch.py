@@ -81,7 +81,11 @@ def without_secrets(address: str) -> str:
         >>> without_secrets("https://bucket/a.jpg?X-Amz-Expires=60&X-Amz-Signature=0f3a")
         'https://bucket/a.jpg?X-Amz-Expires=60&X-Amz-Signature=***'
     """
-    return _SECRET.sub(r"\1=***", _USER.sub("://***@", address)) if is_address(address) else address
+    return _hide_parameters(_USER.sub("://***@", address)) if is_address(address) else address
+
+
+def _hide_parameters(text: str) -> str:
+    return _SECRET.sub(r"\1=***", text)
 
 
 def scheme_of(address: str) -> str:
@@ -172,7 +176,8 @@ def _download(address: str) -> bytes:
         raise RefineDetError(f"{shown}: the server is too slow; download the image and give its path") from None
     except (OSError, HTTPException, UnicodeError) as error:
         cause = getattr(error, "reason", None) or error
-        raise RefineDetError(f"{shown}: cannot be fetched ({cause})") from None
+        # http.client quotes the path of an address that it refuses.
+        raise RefineDetError(f"{shown}: cannot be fetched ({_hide_parameters(str(cause))})") from None
     except ValueError as error:  # an address without a host, or with characters that no address may hold
         raise UsageError(f"{shown}: not a valid address ({error})") from None
     return bytes(content)

@@ -23,7 +23,7 @@ import numpy as np
 
 from refinedet.detections import Detections
 from refinedet.errors import RefineDetError, UsageError
-from refinedet.fetch import is_address
+from refinedet.fetch import is_address, without_secrets
 from refinedet.files import check_output_folder, encoded, failure_reason, make_folder, write_atomically, write_text
 
 LabelLayout: TypeAlias = Literal["coco", "voc", "yolo"]
@@ -193,4 +193,5 @@ def _check_different(names: dict[str, PurePosixPath], folder: Path) -> None:
         # Compared in lower case: on many disks A.txt and a.txt are one file.
         other = taken.setdefault(str(name.with_suffix("")).lower(), source)
         if other != source:
-            raise UsageError(f"{folder}: {other} and {source} would have the same label file; rename one of the images")
+            both = f"{without_secrets(other)} and {without_secrets(source)}"
+            raise UsageError(f"{folder}: {both} would have the same label file; rename one of the images")

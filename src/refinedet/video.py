@@ -92,8 +92,7 @@ class Video:
         """Path or address without a password, or "camera 0"."""
         if isinstance(self.source, int):
             return f"camera {self.source}"
-        text = os.fsdecode(self.source)
-        return without_secrets(text)
+        return without_secrets(os.fsdecode(self.source))
 
     @property
     def is_live(self) -> bool:
